@@ -1,0 +1,132 @@
+r"""The four 2D sets, with everything about them known exactly (thesis 4.1.1, Fig. 4.1).
+
+Each set is a Gaussian mixture with equal weights: centres along a curve (4 corners for the clusters), Gaussian noise of
+one standard deviation around them, then standardised per axis by the exact mean and standard deviation. So we have not
+only samples but the log-density, and after diffusion to z = alpha x + sigma eps (again a mixture) the density of z, its
+score, and E[x | z], the best possible denoiser: what every result of this project is compared with. The centres are so
+close (0.13 standard deviations or less apart) that more of them change nothing.
+
+The thesis shows its sets only as pictures; these shapes give its Table 4.1 within a few percent (ERRATA.md entry 8).
+
+Not here: images, and how training draws its batches (`train.py`).
+
+    python datasets2d.py  # the sets as a picture, datasets2d.png
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+import targets
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """Equal-weight Gaussian mixture in 2D: centres (K, 2), one standard deviation per axis, std (2,); float64, CPU.
+
+    Data z are (B, 2), alpha and sigma numbers or tensors of shape (B,) or (). Results have z's dtype and device. The
+    default alpha = 1, sigma = 0 is the data themselves. Work goes in chunks, so that memory does not grow with B.
+    """
+    centres: torch.Tensor
+    std: torch.Tensor
+
+    def sample(self, n, generator=None, dtype=torch.float32):
+        """Draw n independent points -> (n, 2), on the generator's device."""
+        device = generator.device if generator is not None else "cpu"
+        k = torch.randint(len(self.centres), (n,), generator=generator, device=device)
+        noise = torch.randn(n, 2, generator=generator, device=device, dtype=dtype)
+        return self.centres.to(noise)[k] + self.std.to(noise) * noise
+
+    def _chunks(self, z, alpha, sigma):
+        """Yield z (b, 2), alpha (b, 1), the variance of z given its centre (b, 2), -1/2 squared distances (b, K)."""
+        centres, data_var = self.centres.to(z), self.std.to(z)**2
+        alpha, sigma = (torch.as_tensor(c, device=z.device, dtype=z.dtype).expand(len(z))[:, None]
+                        for c in (alpha, sigma))
+        size = max(1, 2**20 // len(centres))
+        for z, alpha, sigma in zip(z.split(size), alpha.split(size), sigma.split(size)):
+            var = alpha**2 * data_var + sigma**2
+            scale = var.rsqrt()
+            # Differences, not the expanded square: it cancels in float32 when the centres are sharp.
+            d0 = (z * scale)[:, :1] - (alpha * scale)[:, :1] * centres[:, 0]
+            d1 = (z * scale)[:, 1:] - (alpha * scale)[:, 1:] * centres[:, 1]
+            yield z, alpha, var, -0.5 * (d0 * d0 + d1 * d1)
+
+    def log_prob(self, z, alpha=1.0, sigma=0.0):
+        """Log-density of z = alpha x + sigma eps in nats: (B, 2) -> (B,)."""
+        return torch.cat([logits.logsumexp(1) - math.log(len(self.centres)) - 0.5 * (2 * math.pi * var).log().sum(1)
+                          for _, _, var, logits in self._chunks(z, alpha, sigma)])
+
+    def _denoise_and_score(self, z, alpha, sigma):
+        """E[x | z] and the score of z, which share the weights of the centres: (B, 2) -> (B, 2), (B, 2)."""
+        centres, data_var = self.centres.to(z), self.std.to(z)**2
+        x_hat, score = [], []
+        for z, alpha, var, logits in self._chunks(z, alpha, sigma):
+            centre = logits.softmax(1) @ centres                                        # E[centre | z]
+            score.append((alpha * centre - z) / var)
+            x_hat.append(centre + alpha * data_var / var * (z - alpha * centre))
+        return torch.cat(x_hat), torch.cat(score)
+
+    def denoise(self, z, alpha, sigma):
+        """E[x | z], the denoiser of least squared error: (B, 2) -> (B, 2). No division by alpha: right for t = 1."""
+        return self._denoise_and_score(z, alpha, sigma)[0]
+
+    def score(self, z, alpha=1.0, sigma=0.0):
+        """Score of the marginal, the gradient of log_prob(z, alpha, sigma) in z: (B, 2) -> (B, 2)."""
+        return self._denoise_and_score(z, alpha, sigma)[1]
+
+    def optimal_model(self, target, schedule, stabiliser=0.0):
+        """The best possible network: model(z, t) -> E[y | z] of any target y = a x + b eps, z (B, 2), t (B,)."""
+        def model(z, t):
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+            a, b = targets.coefficients(target, alpha, sigma, stabiliser)
+            x_hat, score = self._denoise_and_score(z, alpha, sigma)
+            return a[..., None] * x_hat - (b * sigma)[..., None] * score                # E[eps | z] = -sigma score
+        return model
+
+
+def standardised(centres, std):
+    """The mixture of `centres` (K, 2) and noise `std`, moved and scaled per axis to exact mean 0 and variance 1."""
+    mean, scale = centres.mean(0), (centres.var(0, correction=0) + std**2).sqrt()
+    return GaussianMixture((centres - mean) / scale, std / scale)
+
+
+def line(start, end, n):
+    """Midpoints of n equal pieces of [start, end]: the centres of a uniform distribution along a curve."""
+    return start + (end - start) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+
+def clusters():
+    """Four Gaussians at (+-1, +-1), standard deviation 0.2."""
+    return torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float64), 0.2
+
+
+def rings(n=1000):
+    """Two rings of radius 1 around (+-0.5, 0), standard deviation 0.05; n centres on each."""
+    u = line(0, 2 * math.pi, n)
+    ring = torch.stack([u.cos(), u.sin()], 1)
+    shift = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    return torch.cat([ring - shift, ring + shift]), 0.05
+
+
+def swiss_roll(n=2000):
+    """u (cos u, sin u) with u uniform in [1.5 pi, 4.5 pi], standard deviation 0.5; n centres."""
+    u = line(1.5 * math.pi, 4.5 * math.pi, n)
+    return torch.stack([u * u.cos(), u * u.sin()], 1), 0.5
+
+
+def waves(n=1000):
+    """(u, sin u +- 1) with u uniform in [-2 pi, 2 pi], standard deviation 0.25; n centres on each."""
+    u = line(-2 * math.pi, 2 * math.pi, n)
+    return torch.cat([torch.stack([u, u.sin() - 1], 1), torch.stack([u, u.sin() + 1], 1)]), 0.25
+
+
+DATASETS = {shape.__name__: standardised(*shape()) for shape in (clusters, rings, swiss_roll, waves)}
+
+
+if __name__ == "__main__":
+    import plots
+    points = {name: data.sample(10_000) for name, data in DATASETS.items()}
+    plots.scatter(points, "datasets2d.png")
+    for name, data in DATASETS.items():
+        print(f"{name:11s} entropy {-data.log_prob(data.sample(50_000)).mean():.3f} nats (50,000 points)")
+    print("wrote datasets2d.png")

@@ -1,0 +1,158 @@
+r"""The diffusion process: noise schedules, forward process, posterior, ancestral sampling (thesis 3.1.1, 3.1.2).
+
+Read this first, then `targets.py` (what the network predicts) and `losses.py` (how its errors are weighed).
+
+A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sigma^2), strictly decreasing in t in
+[0, 1]. Everything else follows from it. Times are tensors of shape (B,) or (), data are (B, ...); every function works
+in float32 and float64, on any device. The ends t = 0 and t = 1 of the cosine schedule are log-SNR +-infinity: training
+and sampling stay inside [t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
+
+Not here: other samplers than the ancestral one, learned schedules and learned variances.
+
+    python ddpm.py        # alpha, sigma and log-SNR of the three schedules of Fig. 3.2
+"""
+import math
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+import targets
+
+
+def expand(c, x):
+    """Give a coefficient c of shape (B,) or () trailing axes, so that it multiplies x of shape (B, ...)."""
+    return c.reshape(c.shape + (1,) * (x.ndim - c.ndim))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A noise schedule: logsnr(t), its derivative dlogsnr(t), and how alpha and sigma follow. All map (B,) -> (B,)."""
+    logsnr: Callable
+    dlogsnr: Callable
+    variance_preserving: bool = True               # else variance exploding: alpha = 1
+
+    def alpha(self, t):
+        """Signal coefficient: alpha^2 = sigmoid(logsnr), so that alpha^2 + sigma^2 = 1 (VDM A.3); 1 if exploding."""
+        return torch.sigmoid(self.logsnr(t)).sqrt() if self.variance_preserving else torch.ones_like(t)
+
+    def sigma(self, t):
+        """Noise coefficient: sigma^2 = sigmoid(-logsnr); never 1 - alpha^2, which cancels near t = 0."""
+        return torch.sigmoid(-self.logsnr(t)).sqrt() if self.variance_preserving else torch.exp(-0.5 * self.logsnr(t))
+
+    def snr(self, t):
+        """SNR(t) = alpha^2 / sigma^2, Eq. (3.2)."""
+        return torch.exp(self.logsnr(t))
+
+    def dsnr(self, t):
+        """SNR'(t) = SNR(t) dlogsnr(t); for the cosine schedule -pi alpha / sigma^3, Eq. (3.22)."""
+        return self.snr(t) * self.dlogsnr(t)
+
+
+# alpha = cos(pi t / 2), Eq. (3.3). cos(pi t / 2) is written sin(pi (1 - t) / 2): right in float32 up to t = 1.
+def cosine_logsnr(t):
+    return 2 * (torch.sin(math.pi / 2 * (1 - t)).log() - torch.sin(math.pi / 2 * t).log())
+
+
+def cosine_dlogsnr(t):
+    return -math.pi / (torch.sin(math.pi / 2 * (1 - t)) * torch.sin(math.pi / 2 * t))
+
+
+# VP-SDE, beta(t) = BETA_0 + (BETA_1 - BETA_0) t, alpha^2 = exp(-integral of beta) (Song et al. 2021, Eq. 32-33).
+BETA_0, BETA_1 = 0.1, 20.0
+
+
+def linear_logsnr(t):
+    return -torch.expm1(BETA_0 * t + (BETA_1 - BETA_0) * t**2 / 2).log()
+
+
+def linear_dlogsnr(t):
+    beta = BETA_0 + (BETA_1 - BETA_0) * t
+    return beta / torch.expm1(-BETA_0 * t - (BETA_1 - BETA_0) * t**2 / 2)
+
+
+# Variance exploding, sigma geometric from SIGMA_0 to SIGMA_1 (Song et al. 2021, Eq. 31).
+SIGMA_0, SIGMA_1 = 0.01, 50.0
+
+
+def ve_logsnr(t):
+    return -2 * (math.log(SIGMA_0) + t * math.log(SIGMA_1 / SIGMA_0))
+
+
+def ve_dlogsnr(t):
+    return torch.full_like(t, -2 * math.log(SIGMA_1 / SIGMA_0))
+
+
+SCHEDULES = {
+    "cosine": Schedule(cosine_logsnr, cosine_dlogsnr),
+    "linear": Schedule(linear_logsnr, linear_dlogsnr),
+    "ve":     Schedule(ve_logsnr, ve_dlogsnr, variance_preserving=False),
+}
+
+
+def q_sample(x, t, eps, schedule):
+    """Draw z ~ q(z_t | x), Eq. (3.1), by z = alpha x + sigma eps. x, eps (B, ...), t (B,) -> z (B, ...)."""
+    alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
+    return alpha * x + sigma * eps                                                              # Eq. (3.3)
+
+
+def alpha_ts(s, t, schedule):
+    """alpha_{t|s} of q(z_t | z_s), s < t, below Eq. (3.1). (B,) -> (B,)."""
+    return schedule.alpha(t) / schedule.alpha(s)
+
+
+def one_minus_snr_ratio(s, t, schedule):
+    """1 - SNR(t) / SNR(s), s < t. (B,) -> (B,) in [0, 1]. expm1: near s = t the ratio is 1 and 1 - ratio cancels."""
+    return -torch.expm1(schedule.logsnr(t) - schedule.logsnr(s))
+
+
+def var_ts(s, t, schedule):
+    """sigma^2_{t|s} = sigma_t^2 - alpha_{t|s}^2 sigma_s^2 of q(z_t | z_s), below Eq. (3.1). (B,) -> (B,)."""
+    return schedule.sigma(t)**2 * one_minus_snr_ratio(s, t, schedule)
+
+
+def posterior(z, x, s, t, schedule):
+    r"""Mean and variance of q(z_s | z_t, x), Eq. (3.9), for s < t; s = 0 and t = 1 are allowed.
+
+    z, x (B, ...), s, t (B,) or () -> mean (B, ...), var (B, 1, ...) or (1, ...), per dimension.
+    var  = sigma^2_{t|s} sigma_s^2 / sigma_t^2                                       Eq. (3.10), VDM A.21
+    mean = alpha_{t|s} sigma_s^2 / sigma_t^2 z + alpha_s sigma^2_{t|s} / sigma_t^2 x   Eq. (3.11)
+    """
+    c = one_minus_snr_ratio(s, t, schedule)                        # sigma^2_{t|s} / sigma_t^2
+    sigma_ratio_sq = (schedule.sigma(s) / schedule.sigma(t))**2
+    mean = expand(alpha_ts(s, t, schedule) * sigma_ratio_sq, z) * z + expand(schedule.alpha(s) * c, x) * x
+    return mean, expand(schedule.sigma(s)**2 * c, z)
+
+
+@torch.no_grad()
+def ancestral_sample(model, shape, steps, *, target, schedule, t_min=1e-3, generator=None, stabiliser=0.0,
+                     dtype=torch.float32):
+    r"""Draw samples with p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), in `steps` network evaluations.
+
+    model(z, t) -> prediction of `target`, with z (B, ...) and the true time t (B,), however few the steps. The grid is
+    t_i = t_min + (1 - 2 t_min) i / steps: down from 1 - t_min, the thesis's i / T but for the ends. The first z has the
+    variance that standardised data have there, alpha^2 + sigma^2. The last step adds no noise: it returns its x_hat.
+    Draws on the generator's device. Returns (B, ...) of `shape`. Raises ValueError if steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    device = generator.device if generator is not None else "cpu"
+    times = t_min + (1 - 2 * t_min) * torch.arange(steps + 1, device=device, dtype=dtype) / steps
+    alphas, sigmas = schedule.alpha(times), schedule.sigma(times)
+    z = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    z = (alphas[-1]**2 + sigmas[-1]**2).sqrt() * z
+    for i in range(steps, 0, -1):
+        prediction = model(z, times[i].expand(shape[0]))
+        x_hat = targets.to_x(target, prediction, z, alphas[i], sigmas[i], stabiliser)
+        if i > 1:
+            mean, var = posterior(z, x_hat, times[i - 1], times[i], schedule)
+            z = mean + var.sqrt() * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    return x_hat
+
+
+if __name__ == "__main__":
+    for name, schedule in SCHEDULES.items():
+        print(f"{name}\n      t    alpha     sigma   log-SNR   d log-SNR / dt")
+        for t in torch.tensor([0.001, 0.25, 0.5, 0.75, 0.999]):
+            print(f"  {t:.3f} {schedule.alpha(t):8.4f} {schedule.sigma(t):9.4f} {schedule.logsnr(t):9.3f}"
+                  f" {schedule.dlogsnr(t):12.3f}")

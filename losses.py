@@ -1,0 +1,113 @@
+r"""How errors are weighed: weighted loss, rescaled loss, NELBO (thesis 3.13 - 3.64, Table 3.2).
+
+Read `ddpm.py` and `targets.py` first. A loss is one weight as a function of t for each target:
+
+    loss = E_{x, eps, t} [ weight(t) * mean over dimensions of (y_hat - y)^2 ],    t ~ U(t_min, 1 - t_min)
+
+The weight multiplies each sample's error, inside the expectation: as a factor on the mean, as (3.13) and (3.62) are
+printed, it would be another number. Errors are means over dimensions, so a NELBO is in nats per dimension.
+
+Not here: prior and reconstruction terms of the bound (Eq. 3.6); the losses here are its diffusion term.
+
+    python losses.py      # the weight of every loss and target over t
+"""
+import torch
+
+import ddpm
+import targets
+
+STABLE_D = 0.01        # the thesis's stabiliser, inferred from its Table 4.1: ERRATA.md entry 8
+
+
+def mse(target, alpha, sigma, det, dlogsnr):
+    """Weighted loss, the plain mean squared error of the target: Eq. (3.24), (3.27), (3.52), (3.61)."""
+    return torch.ones_like(det)
+
+
+def rescaled(target, alpha, sigma, det, dlogsnr):
+    """Rescaled loss, the error of x_hat whatever is predicted: Eq. (3.62) - (3.64)."""
+    return (sigma / det)**2
+
+
+def nelbo(target, alpha, sigma, det, dlogsnr):
+    """NELBO: -1/2 SNR'(t) on the error of x_hat, Eq. (3.20), which is -1/2 dlogsnr/dt on that of eps_hat, Eq. (3.26).
+
+    In nats. With the 1/2 that the thesis drops from Eq. (3.21) on: ERRATA.md entry 3.
+    """
+    return -0.5 * dlogsnr * (alpha / det)**2
+
+
+def nelbo_stable(target, alpha, sigma, det, dlogsnr):
+    """The weights that explain the thesis's NELBO column (ERRATA.md entry 8): nelbo / pi, d in the denominator.
+
+    Four different functionals, comparable with the thesis's Table 4.1 and not with each other. For x, eps, v and s.
+    """
+    rows = {"x": alpha / (sigma**3 + STABLE_D), "eps": 1 / (alpha * sigma + STABLE_D),
+            "v": alpha / (sigma + STABLE_D),    "s": sigma / (alpha + STABLE_D)}
+    if target not in rows:
+        raise ValueError(f"nelbo_stable has no weight for target {target!r}: choose from {', '.join(rows)}")
+    return rows[target]
+
+
+LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelbo_stable}
+
+
+def weight(loss, target, t, schedule, stabiliser=0.0):
+    """Weight of the target's squared error at time t: (B,) -> (B,). Raises ValueError for an unknown loss or target."""
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    det = targets.determinant(target, alpha, sigma, stabiliser)
+    return LOSSES[loss](target, alpha, sigma, det, schedule.dlogsnr(t))
+
+
+def loss(model, x, t, eps, *, target, loss, schedule, stabiliser=0.0):
+    """Weighted squared error of each sample, a mean over dimensions: x, eps (B, ...), t (B,) -> (B,).
+
+    model(z, t) -> prediction of `target`, of z's shape. The mean over the batch is the loss; for `nelbo` it is the
+    diffusion term of the bound in nats per dimension, divided by the length 1 - 2 t_min of the range of t.
+    """
+    alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
+    z = ddpm.q_sample(x, t, eps, schedule)
+    y = targets.from_x_eps(target, x, eps, alpha, sigma, stabiliser)
+    y_hat = model(z, t)
+    assert y_hat.shape == y.shape, f"the model returned {tuple(y_hat.shape)} for an input of {tuple(y.shape)}"
+    error = (y_hat - y).square().flatten(1).mean(1)                                             # (B,)
+    return weight(loss, target, t, schedule, stabiliser) * error
+
+
+def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stabiliser=0.0):
+    """Diffusion loss L_T of T = steps, Eq. (3.18), one term i of its sum for each sample, times T. -> (B,).
+
+    x, eps (B, ...), i (B,) integers in 1..steps, uniform. The mean over the batch estimates L_T / D in nats per
+    dimension on the grid t_i = t_min + (1 - 2 t_min) i / T, and tends to (1 - 2 t_min) times the mean of the
+    continuous `nelbo` loss as T grows (VDM 3.111). Written on the error of eps_hat, as VDM A.37.
+    """
+    s = t_min + (1 - 2 * t_min) * (i.to(x) - 1) / steps
+    t = t_min + (1 - 2 * t_min) * i.to(x) / steps
+    z = ddpm.q_sample(x, t, eps, schedule)
+    alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
+    eps_hat = targets.to_eps(target, model(z, t), z, alpha, sigma, stabiliser)
+    error = (eps_hat - eps).square().flatten(1).mean(1)                                         # (B,)
+    snr_ratio_minus_1 = torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))  # expm1: SNR(s) / SNR(t) is near 1
+    return steps / 2 * snr_ratio_minus_1 * error
+
+
+def sample_t(n, t_min=1e-3, generator=None, dtype=torch.float32):
+    """Draw t ~ U(t_min, 1 - t_min), stratified over the batch: one uniform draw u, (u + i / n) mod 1 (VDM). -> (n,).
+
+    Each t alone is uniform, together they cover the range evenly: the loss has the same mean and less variance.
+    """
+    device = generator.device if generator is not None else "cpu"
+    u = torch.rand((), generator=generator, device=device, dtype=dtype)
+    u = (u + torch.arange(n, device=device, dtype=dtype) / n) % 1
+    return t_min + (1 - 2 * t_min) * u
+
+
+if __name__ == "__main__":
+    t = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
+    row = lambda values: " ".join(f"{v:9.4g}" for v in values)
+    print(f"{'cosine schedule, t =':20s} {row(t)}")
+    for name in LOSSES:
+        for target in "x", "eps", "v", "s":
+            print(f"{name:13s} {target:6s} {row(weight(name, target, t, ddpm.SCHEDULES['cosine']))}")

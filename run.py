@@ -1,0 +1,96 @@
+"""A run: its random numbers, its folder and its checkpoint. What `train.py` and `sample.py` share.
+
+A run is a folder runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json and metrics.jsonl. Files are written
+under a temporary name and then renamed: a kill or a full disk at any moment leaves the last complete one. A mistake of
+the user ends in SystemExit with one sentence: exit code 1, no traceback.
+"""
+import argparse
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT = "diffusion-losses 1"        # written into every checkpoint
+
+
+def generator(device, *key):
+    """A random generator that is a function of the key, integers >= 0 and words, say (seed, "noise", step).
+
+    So two runs of one seed see the same draws whatever their target and loss, and a resumed run goes on exactly. The
+    key is hashed (numpy's SeedSequence): torch's CPU generator uses only the low 32 bits of its seed.
+    """
+    words = [int.from_bytes(k.encode(), "big") if isinstance(k, str) else k for k in key]
+    seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+def device(name):
+    """The torch device called auto, cpu, cuda or mps; auto is cuda where there is one, else cpu."""
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit(f"this machine has no {name} device that torch can use - try --device auto")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def write(path, data):
+    """Write bytes to path, whole or not at all; makes the folder. SystemExit if the disk is full or read-only."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+        raise SystemExit(f"cannot write {path}: {error.strerror} - what was there before is kept; make room or choose "
+                         "another folder with --out") from None
+
+
+def save(path, checkpoint):
+    """Write a checkpoint, a dict of tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load(path):
+    """Read a checkpoint of this project (a file, or the folder of a run) to the CPU; no code in it is ever run."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.exists():
+        raise SystemExit(f"no checkpoint at {path} - train one first: python train.py --target eps --loss mse")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:         # torch raises many kinds for a damaged or foreign file
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SystemExit(f"cannot read {path}: it is damaged or not a checkpoint of this project, nothing in it was run "
+                         f"({reason[0][:100]}) - train again or give another --ckpt") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise SystemExit(f"{path} is not a checkpoint of this project - make one with: python train.py")
+    return checkpoint
+
+
+def newest(root="runs"):
+    """The folder of the run in `root` whose checkpoint was written last."""
+    checkpoints = sorted(Path(root).glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise SystemExit(f"no checkpoint under {root}/ - train one first: python train.py --target eps --loss mse")
+    return checkpoints[-1].parent
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a number of `kind` in [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if not low <= value <= high:
+            bound = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+    return parse

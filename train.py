@@ -1,0 +1,168 @@
+"""Train one network on one target with one loss.
+
+    python train.py --target eps --loss mse                # the rings, 100 epochs, about a minute on a laptop
+    python train.py --data waves --target v --loss nelbo --seed 1
+    python train.py --target eps --loss mse --resume       # goes on after a kill, ends in the same weights
+
+Writes runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json, metrics.jsonl and loss.png. Noise, times and
+batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import losses
+import plots
+import run
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+from mlp import MLP
+from targets import TARGETS
+
+POINTS = 50_000        # to train on, and as many fresh ones to test on (thesis 4.1.1)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python train.py [options], see --help")
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--data", choices=DATASETS, default="rings", help="2D set (rings)")
+    group.add_argument("--target", choices=TARGETS, default="eps", help="what the network predicts (eps)")
+    group.add_argument("--loss", choices=losses.LOSSES, default="mse", help="how its errors are weighed (mse)")
+    group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule (cosine)")
+    group.add_argument("--t-min", type=run.number(float, 1e-6, 0.49), default=1e-3,
+                       help="t is uniform in [t_min, 1 - t_min] (0.001)")
+    group.add_argument("--stabiliser", type=run.number(float, 0), default=0.0,
+                       help="d in the score target -sigma eps / (sigma^2 + d) (0; the thesis's numbers: 0.01)")
+    group = parser.add_argument_group("how to train it")
+    group.add_argument("--epochs", type=run.number(int, 1), default=100, help="passes over 50,000 points (100)")
+    group.add_argument("--batch-size", type=run.number(int, 1, POINTS), default=512, help="(512)")
+    group.add_argument("--lr", type=run.number(float, 0), default=1e-3, help="Adam's, decays to 0 as a cosine (0.001)")
+    group.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers (128)")
+    group.add_argument("--seed", type=run.number(int, 0), default=0, help="of weights, data, batches and noise (0)")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
+    group = parser.add_argument_group("where the run goes")
+    group.add_argument("--out", default="runs", help="folder of all runs (runs)")
+    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with this run")
+    group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start it again")
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite starts it again: choose one")
+    if args.loss == "nelbo_stable" and args.target == "u":
+        parser.error("nelbo_stable has no weight for the target u: choose --loss nelbo")
+    return args
+
+
+def build_model(config):
+    """The network of a run's config, with fresh weights from torch's global generator."""
+    return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]])
+
+
+def test_set(data):
+    """The same fresh points for every seed, target and loss -> (POINTS, 2), on the CPU."""
+    return DATASETS[data].sample(POINTS, run.generator("cpu", "test", data))
+
+
+@torch.no_grad()
+def evaluate(model, x, t, eps, objective, chunk=5000):
+    """Mean loss over the points x with their fixed t and eps -> number."""
+    parts = zip(x.split(chunk), t.split(chunk), eps.split(chunk))
+    return torch.cat([losses.loss(model, *part, **objective) for part in parts]).mean().item()
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = run.device(args.device)
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "overwrite")}
+    folder = Path(args.out) / f"{args.data}-{args.target}-{args.loss}-s{args.seed}"
+    ckpt = folder / "ckpt.pt"
+    objective = dict(target=args.target, loss=args.loss, schedule=SCHEDULES[args.schedule], stabiliser=args.stabiliser)
+
+    # A run is never silently overwritten, and never resumed with other settings.
+    if ckpt.exists() and not (args.resume or args.overwrite):
+        raise SystemExit(f"{folder} holds a run already - add --resume to go on with it or --overwrite to start again")
+    state = run.load(ckpt) if args.resume and ckpt.exists() else None
+    if state and state["config"] != config:
+        changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["config"].items() if config.get(k) != v]
+        raise SystemExit(f"{folder} was trained with other settings - resume it with {' '.join(changed)}, "
+                         "or start again with --overwrite")
+    if args.overwrite:
+        ckpt.unlink(missing_ok=True)
+    run.write(folder / "config.json", json.dumps(config, indent=2).encode())
+
+    # Data live on the device as one tensor. Test points, times and noise are the same in every run.
+    dataset = DATASETS[args.data]
+    train = dataset.sample(POINTS, run.generator("cpu", args.seed, "train")).to(device)
+    test = test_set(args.data)
+    g = run.generator("cpu", "test noise")
+    fixed = [c.to(device) for c in (test, losses.sample_t(POINTS, args.t_min, g), torch.randn(test.shape, generator=g))]
+    optimum = evaluate(dataset.optimal_model(args.target, objective["schedule"], args.stabiliser), *fixed, objective)
+
+    torch.manual_seed(args.seed)
+    model = build_model(config).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    history = []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        history = state["history"]
+
+    steps = POINTS // args.batch_size      # an epoch leaves out the last, smaller batch: other points each time
+    print(f"{folder}: {args.target} with {args.loss} on {args.data}, {args.schedule} schedule, {args.epochs} epochs of "
+          f"{steps} steps on {device}; best possible test loss {optimum:.4f}")
+    if history:
+        print(f"resuming after epoch {len(history)}")
+    terminal = sys.stderr.isatty()
+    bar = tqdm(total=args.epochs * steps, initial=len(history) * steps, unit="step", disable=not terminal)
+    seconds = history[-1]["seconds"] if history else 0.0
+    for epoch in range(len(history), args.epochs):
+        start = time.perf_counter()
+        order = torch.randperm(POINTS, generator=run.generator("cpu", args.seed, "order", epoch)).to(device)
+        step_losses = torch.empty(steps, device=device)
+        for i in range(steps):
+            step = epoch * steps + i
+            g = run.generator(device, args.seed, "noise", step)
+            x = train[order[i * args.batch_size:(i + 1) * args.batch_size]]
+            t = losses.sample_t(args.batch_size, args.t_min, g)
+            eps = torch.randn(x.shape, generator=g, device=device)
+
+            loss = losses.loss(model, x, t, eps, **objective).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / (args.epochs * steps)))
+            optimizer.step()
+            step_losses[i] = loss.detach()
+            bar.update()
+
+        bad = (~step_losses.isfinite()).nonzero()
+        if len(bad):                       # looked at once an epoch: asking at every step would wait for the device
+            bar.close()
+            raise SystemExit(f"the loss is {step_losses[bad[0]].item()} at step {epoch * steps + bad[0].item()} - "
+                             f"lower --lr or raise --t-min; {len(history)} finished epochs are kept in {folder}")
+        test_loss = evaluate(model, *fixed, objective)
+        seconds += time.perf_counter() - start
+        history.append(dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=step_losses.mean().item(),
+                            test_loss=test_loss, optimum=optimum, seconds=round(seconds, 2)))
+        run.save(ckpt, dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), history=history))
+        run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
+        line = f"epoch {epoch + 1:3d}  train {history[-1]['train_loss']:.4f}  test {test_loss:.4f}"
+        bar.set_description(line) if terminal else print(f"{line}  {seconds:.0f} s", flush=True)
+    bar.close()
+
+    plots.loss_curve(history, config, optimum, folder / "loss.png")
+    print(f"test loss {history[-1]['test_loss']:.4f}, best possible {optimum:.4f}, {seconds:.0f} s; wrote {folder}/")
+    print(f"next: python sample.py --ckpt {folder} --steps 512")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped - the finished epochs are kept; go on with the same command and --resume", file=sys.stderr)
+        sys.exit(130)
