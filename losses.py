@@ -61,19 +61,31 @@ def weight(loss, target, t, schedule, stabiliser=0.0):
     return LOSSES[loss](target, alpha, sigma, det, schedule.dlogsnr(t))
 
 
+def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0):
+    """The weighted regression that training is: inputs z (and t), targets y, weights w. x, eps (B, ...), t (B,).
+
+    z = alpha x + sigma eps and y = a x + b eps are (B, ...), w is (B,): the same for every network, so that training
+    computes them for many batches at once.
+    """
+    alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
+    a, b = targets.coefficients(target, alpha, sigma, stabiliser)
+    return ddpm.q_sample(x, t, eps, schedule), a * x + b * eps, weight(loss, target, t, schedule, stabiliser)
+
+
+def weighted_error(y_hat, y, w):
+    """w times the squared error of a prediction, a mean over dimensions: y_hat, y (B, ...), w (B,) -> (B,)."""
+    assert y_hat.shape == y.shape, f"the model returned {tuple(y_hat.shape)}, the target is {tuple(y.shape)}"
+    return w * (y_hat - y).square().flatten(1).mean(1)
+
+
 def loss(model, x, t, eps, *, target, loss, schedule, stabiliser=0.0):
     """Weighted squared error of each sample, a mean over dimensions: x, eps (B, ...), t (B,) -> (B,).
 
     model(z, t) -> prediction of `target`, of z's shape. The mean over the batch is the loss; for `nelbo` it is the
     diffusion term of the bound in nats per dimension, divided by the length 1 - 2 t_min of the range of t.
     """
-    alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
-    z = ddpm.q_sample(x, t, eps, schedule)
-    y = targets.from_x_eps(target, x, eps, alpha, sigma, stabiliser)
-    y_hat = model(z, t)
-    assert y_hat.shape == y.shape, f"the model returned {tuple(y_hat.shape)} for an input of {tuple(y.shape)}"
-    error = (y_hat - y).square().flatten(1).mean(1)                                             # (B,)
-    return weight(loss, target, t, schedule, stabiliser) * error
+    z, y, w = regression(x, t, eps, target=target, loss=loss, schedule=schedule, stabiliser=stabiliser)
+    return weighted_error(model(z, t), y, w)
 
 
 def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stabiliser=0.0):
@@ -88,19 +100,19 @@ def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stab
     z = ddpm.q_sample(x, t, eps, schedule)
     alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
     eps_hat = targets.to_eps(target, model(z, t), z, alpha, sigma, stabiliser)
-    error = (eps_hat - eps).square().flatten(1).mean(1)                                         # (B,)
     snr_ratio_minus_1 = torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))  # expm1: SNR(s) / SNR(t) is near 1
-    return steps / 2 * snr_ratio_minus_1 * error
+    return weighted_error(eps_hat, eps, steps / 2 * snr_ratio_minus_1)
 
 
-def sample_t(n, t_min=1e-3, generator=None, dtype=torch.float32):
-    """Draw t ~ U(t_min, 1 - t_min), stratified over the batch: one uniform draw u, (u + i / n) mod 1 (VDM). -> (n,).
+def sample_t(shape, t_min=1e-3, generator=None, dtype=torch.float32):
+    """Draw t ~ U(t_min, 1 - t_min), stratified over the batch: one uniform draw u, t_i from (u + i / B) mod 1 (VDM).
 
-    Each t alone is uniform, together they cover the range evenly: the loss has the same mean and less variance.
+    Shape (B,), or (..., B) for independent batches. Each t alone is uniform, and together those of a batch cover the
+    range evenly: the loss has the same mean and less variance.
     """
     device = generator.device if generator is not None else "cpu"
-    u = torch.rand((), generator=generator, device=device, dtype=dtype)
-    u = (u + torch.arange(n, device=device, dtype=dtype) / n) % 1
+    u = torch.rand((*shape[:-1], 1), generator=generator, device=device, dtype=dtype)
+    u = (u + torch.arange(shape[-1], device=device, dtype=dtype) / shape[-1]) % 1
     return t_min + (1 - 2 * t_min) * u
 
 

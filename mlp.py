@@ -28,7 +28,7 @@ class MLP(nn.Module):
             z = z * (self.schedule.alpha(t)**2 + self.schedule.sigma(t)**2).rsqrt()[:, None]
         h = torch.cat([z, t[:, None]], 1)                                                   # (B, dim + 1)
         for layer in self.layers[:-1]:
-            h = layer(h).relu()                                                             # (B, width)
+            h = layer(h).relu_()                                                            # (B, width)
         return self.layers[-1](h)                                                           # (B, dim)
 
 

@@ -57,7 +57,8 @@ def main(argv=None):
 
     real = train.test_set(config["data"])
     floor = metrics.floor(DATASETS[config["data"]], args.num_samples, len(real), generator=run.generator("cpu", "floor"))
-    result = {"ckpt": str(ckpt), **config, "epochs_trained": len(state["history"]), "steps": args.steps,
+    result = {"ckpt": str(ckpt), **config, "epochs_trained": len(state["history"]),
+              "test_loss": state["history"][-1]["test_loss"], "optimum": state["history"][-1]["optimum"], "steps": args.steps,
               "num_samples": args.num_samples, "sampling_seed": args.seed, "device": str(device), "seconds": seconds}
     print(f"{ckpt}: {args.num_samples} samples in {args.steps} steps, {seconds:.1f} s on {device}")
     print("                      samples    floor (data against data)")

@@ -40,10 +40,6 @@ def determinant(target, alpha, sigma, stabiliser=0.0):
     return alpha * b - sigma * a
 
 
-def from_x_eps(target, x, eps, alpha, sigma, stabiliser=0.0):
-    """The target y = a x + b eps. x, eps (B, ...), alpha, sigma broadcastable to them -> (B, ...)."""
-    a, b = coefficients(target, alpha, sigma, stabiliser)
-    return a * x + b * eps
 
 
 def to_x(target, y, z, alpha, sigma, stabiliser=0.0):

@@ -64,16 +64,52 @@ def build_model(config):
     return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]])
 
 
+def objective(config):
+    """What `losses.loss` needs to know besides model and data."""
+    return dict(target=config["target"], loss=config["loss"], schedule=SCHEDULES[config["schedule"]],
+                stabiliser=config["stabiliser"])
+
+
+def build_optimizer(model, config):
+    """Adam in one fused kernel; `train_epoch` sets its learning rate at every step."""
+    return torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
+
+
 def test_set(data):
     """The same fresh points for every seed, target and loss -> (POINTS, 2), on the CPU."""
     return DATASETS[data].sample(POINTS, run.generator("cpu", "test", data))
 
 
 @torch.no_grad()
-def evaluate(model, x, t, eps, objective, chunk=5000):
-    """Mean loss over the points x with their fixed t and eps -> number."""
-    parts = zip(x.split(chunk), t.split(chunk), eps.split(chunk))
-    return torch.cat([losses.loss(model, *part, **objective) for part in parts]).mean().item()
+def evaluate(model, z, t, y, w, chunk=5000):
+    """Mean loss over the test points, their t and noise fixed -> number."""
+    chunks = zip(*(c.split(chunk) for c in (z, t, y, w)))
+    return torch.cat([losses.weighted_error(model(z, t), y, w) for z, t, y, w in chunks]).mean().item()
+
+
+def train_epoch(model, optimizer, data, epoch, config, on_step=lambda: None):
+    """One pass over data (n, 2) in random order -> losses (steps,). Every draw is a function of (seed, step)."""
+    seed, batch_size, device = config["seed"], config["batch_size"], data.device
+    steps = len(data) // batch_size        # leaves out the last, smaller batch: other points each epoch
+    order = torch.randperm(len(data), generator=run.generator("cpu", seed, "order", epoch)).to(device)
+    g = run.generator(device, seed, "noise", epoch)
+    x = data[order[:steps * batch_size]]                                                    # (steps * batch_size, 2)
+    t = losses.sample_t((steps, batch_size), config["t_min"], g).flatten()
+    eps = torch.randn(x.shape, generator=g, device=device)
+    z, y, w = losses.regression(x, t, eps, **objective(config))
+
+    batches = zip(*(c.split(batch_size) for c in (z, t, y, w)))
+    step_losses = torch.empty(steps, device=device)
+    for i, (z, t, y, w) in enumerate(batches):
+        loss = losses.weighted_error(model(z, t), y, w).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        progress = (epoch * steps + i) / (config["epochs"] * steps)
+        optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.step()
+        step_losses[i] = loss.detach()
+        on_step()
+    return step_losses
 
 
 def main(argv=None):
@@ -82,7 +118,6 @@ def main(argv=None):
     config = {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "overwrite")}
     folder = Path(args.out) / f"{args.data}-{args.target}-{args.loss}-s{args.seed}"
     ckpt = folder / "ckpt.pt"
-    objective = dict(target=args.target, loss=args.loss, schedule=SCHEDULES[args.schedule], stabiliser=args.stabiliser)
 
     # A run is never silently overwritten, and never resumed with other settings.
     if ckpt.exists() and not (args.resume or args.overwrite):
@@ -99,21 +134,22 @@ def main(argv=None):
     # Data live on the device as one tensor. Test points, times and noise are the same in every run.
     dataset = DATASETS[args.data]
     train = dataset.sample(POINTS, run.generator("cpu", args.seed, "train")).to(device)
-    test = test_set(args.data)
-    g = run.generator("cpu", "test noise")
-    fixed = [c.to(device) for c in (test, losses.sample_t(POINTS, args.t_min, g), torch.randn(test.shape, generator=g))]
-    optimum = evaluate(dataset.optimal_model(args.target, objective["schedule"], args.stabiliser), *fixed, objective)
+    test, g = test_set(args.data), run.generator("cpu", "test noise")
+    t, eps = losses.sample_t((POINTS,), args.t_min, g), torch.randn(test.shape, generator=g)
+    z, y, w = losses.regression(test, t, eps, **objective(config))
+    fixed = [c.to(device) for c in (z, t, y, w)]
+    optimum = evaluate(dataset.optimal_model(args.target, SCHEDULES[args.schedule], args.stabiliser), *fixed)
 
     torch.manual_seed(args.seed)
     model = build_model(config).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    optimizer = build_optimizer(model, config)
     history = []
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
 
-    steps = POINTS // args.batch_size      # an epoch leaves out the last, smaller batch: other points each time
+    steps = POINTS // args.batch_size
     print(f"{folder}: {args.target} with {args.loss} on {args.data}, {args.schedule} schedule, {args.epochs} epochs of "
           f"{steps} steps on {device}; best possible test loss {optimum:.4f}")
     if history:
@@ -123,29 +159,13 @@ def main(argv=None):
     seconds = history[-1]["seconds"] if history else 0.0
     for epoch in range(len(history), args.epochs):
         start = time.perf_counter()
-        order = torch.randperm(POINTS, generator=run.generator("cpu", args.seed, "order", epoch)).to(device)
-        step_losses = torch.empty(steps, device=device)
-        for i in range(steps):
-            step = epoch * steps + i
-            g = run.generator(device, args.seed, "noise", step)
-            x = train[order[i * args.batch_size:(i + 1) * args.batch_size]]
-            t = losses.sample_t(args.batch_size, args.t_min, g)
-            eps = torch.randn(x.shape, generator=g, device=device)
-
-            loss = losses.loss(model, x, t, eps, **objective).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.param_groups[0]["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / (args.epochs * steps)))
-            optimizer.step()
-            step_losses[i] = loss.detach()
-            bar.update()
-
+        step_losses = train_epoch(model, optimizer, train, epoch, config, on_step=bar.update)
         bad = (~step_losses.isfinite()).nonzero()
         if len(bad):                       # looked at once an epoch: asking at every step would wait for the device
             bar.close()
             raise SystemExit(f"the loss is {step_losses[bad[0]].item()} at step {epoch * steps + bad[0].item()} - "
                              f"lower --lr or raise --t-min; {len(history)} finished epochs are kept in {folder}")
-        test_loss = evaluate(model, *fixed, objective)
+        test_loss = evaluate(model, *fixed)
         seconds += time.perf_counter() - start
         history.append(dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=step_losses.mean().item(),
                             test_loss=test_loss, optimum=optimum, seconds=round(seconds, 2)))

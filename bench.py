@@ -1,0 +1,98 @@
+"""How fast the training step and the sampler are, beside the loop everybody writes, in one run.
+
+    python bench.py                                        # on the GPU if there is one, else on the CPU
+    python bench.py --device cpu --width 256
+
+Both loops train the same network on the same points with the same batch size and optimiser; rounds alternate and the
+median counts. Peak memory is the process's resident set on a CPU and torch's allocations on CUDA.
+"""
+import argparse
+import resource
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ddpm
+import run
+import train
+from datasets2d import DATASETS
+from targets import TARGETS
+
+
+def plain_epoch(model, optimizer, loader, device):
+    """The loop everybody writes: DataLoader, eps-prediction, mean squared error, cosine schedule."""
+    for x, in loader:
+        x = x.to(device)
+        t = torch.rand(len(x), 1, device=device)
+        eps = torch.randn_like(x)
+        z = torch.cos(torch.pi / 2 * t) * x + torch.sin(torch.pi / 2 * t) * eps
+        loss = nn.functional.mse_loss(model(torch.cat([z, t], 1)), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def plain_model(width):
+    sizes = [3] + 6 * [width]
+    hidden = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, 2))
+
+
+def seconds(function, device):
+    """Wall time of one call, with the device's queue empty before and after."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
+    parser.add_argument("--batch-size", type=run.number(int, 1, train.POINTS), default=512, help="(512)")
+    parser.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers (128)")
+    parser.add_argument("--target", choices=TARGETS, default="eps", help="of our loop (eps)")
+    parser.add_argument("--rounds", type=run.number(int, 1), default=7, help="epochs of each loop (7)")
+    args = parser.parse_args(argv)
+    device = run.device(args.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {name}, batch {args.batch_size}, width {args.width}")
+
+    config = vars(train.parse([f"--target={args.target}", f"--batch-size={args.batch_size}", f"--width={args.width}"]))
+    data = DATASETS["rings"].sample(train.POINTS)
+    ours, plain = train.build_model(config).to(device), plain_model(args.width).to(device)
+    our_optimizer = train.build_optimizer(ours, config)
+    plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True)
+    data = data.to(device)
+
+    our_times, plain_times = [], []
+    for i in range(args.rounds + 1):
+        our_times.append(seconds(lambda: train.train_epoch(ours, our_optimizer, data, i, config), device))
+        plain_times.append(seconds(lambda: plain_epoch(plain, plain_optimizer, loader, device), device))
+    our_step = statistics.median(our_times[1:]) / (train.POINTS // args.batch_size)     # the first round warms up
+    plain_step = statistics.median(plain_times[1:]) / len(loader)
+    flop = 6 * args.batch_size * sum(p.numel() for p in ours.parameters() if p.ndim == 2)    # forward 2, backward 4
+    print(f"training    train.py {1e3 * our_step:6.2f} ms/step {flop / our_step / 1e9:7.1f} GFLOP/s")
+    print(f"            plain    {1e3 * plain_step:6.2f} ms/step {flop / plain_step / 1e9:7.1f} GFLOP/s"
+          f"    ratio {plain_step / our_step:.2f}")
+
+    n, steps = 10_000, 32
+    sample = lambda: ddpm.ancestral_sample(ours, (n, 2), steps, target=args.target, schedule=ddpm.SCHEDULES["cosine"],
+                                           generator=run.generator(device, 0))
+    sample()
+    step = statistics.median(seconds(sample, device) for _ in range(3)) / steps
+    flop = 2 * n * sum(p.numel() for p in ours.parameters() if p.ndim == 2)
+    print(f"sampling    {n} points {1e3 * step:6.2f} ms/step {flop / step / 1e9:7.1f} GFLOP/s")
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"memory      {peak / 2**20:.0f} MiB at the peak")
+
+
+if __name__ == "__main__":
+    main()
