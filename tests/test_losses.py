@@ -1,0 +1,252 @@
+"""The losses against Table 3.2 typed again, the closed form of Gaussian data, and the exact denoiser of the 2D sets."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import ddpm
+import losses
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+
+F64 = torch.float64
+T = torch.tensor([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999], dtype=F64)
+COSINE = SCHEDULES["cosine"]
+TARGETS = "x", "eps", "v", "s", "u"
+
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+
+
+def x_factor(target, alpha, sigma):
+    """The factor that turns the target's squared error into that of x_hat, for any alpha and sigma."""
+    return {"x": torch.ones_like(alpha), "eps": sigma**2 / alpha**2,                           # (3.62)
+            "v": sigma**2 / (alpha**2 + sigma**2)**2,                                          # (3.63) is for VP
+            "s": sigma**4 / alpha**2, "u": sigma**2 / (alpha + sigma)**2}[target]              # (3.64)
+
+
+@every_schedule
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_are_table_3_2(name, target):
+    schedule, t = SCHEDULES[name], T.clone().requires_grad_()
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    dsnr, = torch.autograd.grad((alpha**2 / sigma**2).sum(), t)
+    alpha, sigma = alpha.detach(), sigma.detach()
+    factor = x_factor(target, alpha, sigma)
+    weight = lambda loss: losses.weight(loss, target, T, schedule)
+    assert_close(weight("mse"), torch.ones_like(T))
+    assert_close(weight("rescaled"), factor, rtol=1e-7, atol=0)
+    assert_close(weight("nelbo"), -0.5 * dsnr * factor, rtol=1e-6, atol=0)                     # (3.20), with the 1/2
+
+
+def test_weights_on_the_cosine_schedule_in_trigonometry():
+    """Eq. (3.22) - (3.60) with alpha = cos, sigma = sin typed out; twice ours is the thesis's L."""
+    alpha, sigma = torch.cos(math.pi * T / 2), torch.sin(math.pi * T / 2)
+    thesis = {"x": math.pi * alpha / sigma**3, "eps": math.pi / (alpha * sigma),
+              "v": math.pi * alpha / sigma, "s": math.pi * sigma / alpha}
+    for target, expected in thesis.items():
+        assert_close(2 * losses.weight("nelbo", target, T, COSINE), expected, rtol=1e-7, atol=0)
+
+
+def test_stable_weights_are_the_inferred_ones():
+    alpha, sigma = torch.cos(math.pi * T / 2), torch.sin(math.pi * T / 2)
+    expected = {"x": alpha / (sigma**3 + 0.01), "eps": 1 / (alpha * sigma + 0.01), "v": alpha / (sigma + 0.01),
+                "s": sigma / (alpha + 0.01)}
+    for target in expected:
+        assert_close(losses.weight("nelbo_stable", target, T, COSINE), expected[target], rtol=1e-7, atol=0)
+    with pytest.raises(ValueError, match="no weight for target 'u'"):
+        losses.weight("nelbo_stable", "u", T, COSINE)
+
+
+def test_errata_2_the_weight_of_the_score_cancels_the_snr_derivative():
+    """w_s = -alpha^2 / (sigma^4 SNR'), not -alpha^2 SNR' / sigma^4: w times twice the NELBO weight must be 1."""
+    alpha, sigma, dsnr = COSINE.alpha(T), COSINE.sigma(T), COSINE.dsnr(T)
+    scaling = 2 * losses.weight("nelbo", "s", T, COSINE)
+    assert_close(-alpha**2 / (sigma**4 * dsnr) * scaling, torch.ones_like(T), rtol=1e-7, atol=0)
+    assert not torch.allclose(-alpha**2 * dsnr / sigma**4 * scaling, torch.ones_like(T), rtol=0.5)
+
+
+def test_errata_6_the_scalings_of_figure_4_10_are_the_other_way_round():
+    early, late = torch.tensor([0.01], dtype=F64), torch.tensor([0.99], dtype=F64)
+    weight = lambda target, t: losses.weight("nelbo", target, t, COSINE).item()
+    assert weight("x", early) > 1000 * weight("eps", early) > 0                 # x, not eps or v, is largest early
+    assert weight("x", early) / weight("x", early * 10) > 900                   # and falls as t^-3, they as 1 / t
+    assert 9 < weight("eps", early) / weight("eps", early * 10) < 11
+    assert weight("s", late) > 1000 * weight("s", early)
+
+
+def quadratic_expectation(c, n):
+    """x = +-c, eps = +-1 and n midpoints of t: exact averages of anything quadratic in Gaussian x and eps."""
+    t_min = 1e-3
+    t = t_min + (1 - 2 * t_min) * (torch.arange(n, dtype=F64) + 0.5) / n
+    x, eps = torch.tensor([[c, 1], [c, -1], [-c, 1], [-c, -1]], dtype=F64).T.repeat_interleave(n, 1)
+    return x[:, None], t.repeat(4), eps[:, None], t_min
+
+
+def gaussian_model(c, target, schedule, d=0.0):
+    """E[y | z] for data N(0, c^2), each target typed on its own."""
+    def model(z, t):
+        alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        var = alpha**2 * c**2 + sigma**2
+        x_hat, eps_hat = alpha * c**2 / var * z, sigma / var * z
+        return {"x": x_hat, "eps": eps_hat, "v": alpha * eps_hat - sigma * x_hat,
+                "s": -sigma * eps_hat / (sigma**2 + d), "u": eps_hat - x_hat}[target]
+    return model
+
+
+@every_schedule
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("d", [0.0, 0.01])
+def test_nelbo_of_gaussian_data_is_the_lost_information(name, target, d):
+    """1/2 integral of mmse dSNR = 1/2 log (1 + c^2 SNR) between the ends: errata 3, only the 1/2 gives the entropy."""
+    c, schedule = 0.6, SCHEDULES[name]
+    x, t, eps, t_min = quadratic_expectation(c, 200_000)
+    value = losses.loss(gaussian_model(c, target, schedule, d), x, t, eps, target=target, loss="nelbo",
+                        schedule=schedule, stabiliser=d).mean() * (1 - 2 * t_min)
+    snr = schedule.snr(torch.tensor([t_min, 1 - t_min], dtype=F64))
+    assert_close(value, 0.5 * torch.log((1 + c**2 * snr[0]) / (1 + c**2 * snr[1])), rtol=1e-5, atol=0)
+
+
+def test_errata_3_prior_reconstruction_and_nelbo_add_up_to_the_entropy():
+    """For N(0, c^2), with the optimal decoder: L_prior + L_recon + L = entropy, to 1e-4 nats and not to half of L."""
+    c, schedule = 0.6, COSINE
+    x, t, eps, t_min = quadratic_expectation(c, 200_000)
+    diffusion = losses.loss(gaussian_model(c, "eps", schedule), x, t, eps, target="eps", loss="nelbo",
+                            schedule=schedule).mean() * (1 - 2 * t_min)
+    ends = torch.tensor([t_min, 1 - t_min], dtype=F64)
+    (alpha_0, alpha_1), (sigma_0, sigma_1) = schedule.alpha(ends), schedule.sigma(ends)
+    prior_var = alpha_1**2 * c**2 + sigma_1**2                      # p(z_1) is the true marginal here
+    prior = 0.5 * (torch.log(prior_var / sigma_1**2))
+    posterior_var = c**2 * sigma_0**2 / (alpha_0**2 * c**2 + sigma_0**2)
+    reconstruction = 0.5 * torch.log(2 * math.pi * math.e * posterior_var)      # entropy of x given z_0
+    entropy = torch.tensor(0.5 * math.log(2 * math.pi * math.e * c**2), dtype=F64)
+    assert_close(prior + reconstruction + diffusion, entropy, rtol=0, atol=1e-4)
+
+
+@every_schedule
+@pytest.mark.parametrize("data", DATASETS)
+def test_with_the_exact_denoiser_nelbo_and_rescaled_are_the_same_for_every_target(name, data):
+    schedule, dataset, g = SCHEDULES[name], DATASETS[data], torch.Generator().manual_seed(0)
+    x = dataset.sample(500, g, dtype=F64)
+    t, eps = losses.sample_t((500,), 1e-3, g, dtype=F64), torch.randn(500, 2, generator=g, dtype=F64)
+    value = lambda loss, target, d=0.0: losses.loss(dataset.optimal_model(target, schedule, d), x, t, eps,
+                                                    target=target, loss=loss, schedule=schedule, stabiliser=d)
+    for loss in "nelbo", "rescaled":
+        for target, d in ("eps", 0.0), ("v", 0.0), ("s", 0.0), ("s", 0.01), ("u", 0.0):
+            assert_close(value(loss, target, d), value(loss, "x"), rtol=1e-5, atol=1e-12)
+    if schedule.variance_preserving:
+        assert_close(value("mse", "v"), value("mse", "x") + value("mse", "eps"), rtol=1e-6, atol=1e-12)
+        assert_close(value("nelbo", "x").mean() * 2, (-schedule.dsnr(t) * value("mse", "x")).mean(), rtol=1e-6, atol=0)
+
+
+# ERRATA.md entry 8: what a perfect model gets in the thesis's Table 4.1, clusters.
+BAYES = {("mse", "x"): 0.4702, ("mse", "eps"): 0.3512, ("mse", "v"): 0.8214, ("mse", "s"): 2.6519,
+         ("nelbo_stable", "x"): 0.6524, ("nelbo_stable", "eps"): 2.3687, ("nelbo_stable", "v"): 2.3737,
+         ("nelbo_stable", "s"): 0.7533}
+
+
+@pytest.mark.parametrize("loss, target", BAYES)
+def test_errata_8_the_exact_denoiser_of_the_clusters_gives_the_inferred_table(loss, target):
+    n, t_min, dataset = 2**18, 1e-6, DATASETS["clusters"]
+    u = torch.quasirandom.SobolEngine(6, scramble=True, seed=0).draw(n, dtype=F64)     # 30 times less error than random
+    noise = torch.distributions.Normal(0, 1).icdf(u[:, :4].clamp(1e-12, 1 - 1e-12))
+    x, eps = dataset.centres[(4 * u[:, 4]).long()] + dataset.std * noise[:, :2], noise[:, 2:]
+    t = t_min + (1 - 2 * t_min) * u[:, 5]
+    values = losses.loss(dataset.optimal_model(target, COSINE, 0.01), x, t, eps, target=target, loss=loss,
+                         schedule=COSINE, stabiliser=0.01)
+    assert_close(values.mean().item(), BAYES[loss, target], rtol=0.002, atol=0)
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_loss_weighs_each_samples_own_error(loss):
+    """Errata 5: mean of weight times error, with the error a mean over dimensions, typed out sample by sample."""
+    g = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 6, 3, 2, dtype=F64, generator=g)
+    t = torch.linspace(0.1, 0.9, 6, dtype=F64)
+    model = lambda z, t: z.sin() + t[:, None, None]
+    values = losses.loss(model, x, t, eps, target="v", loss=loss, schedule=COSINE)
+    expected, errors, weights = [], [], losses.weight(loss, "v", t, COSINE)
+    for i in range(6):
+        alpha, sigma = math.cos(math.pi * t[i] / 2), math.sin(math.pi * t[i] / 2)
+        z, v = alpha * x[i] + sigma * eps[i], alpha * eps[i] - sigma * x[i]
+        errors.append(sum(((z.sin() + t[i] - v)**2).flatten().tolist()) / 6)
+        expected.append(weights[i].item() * errors[-1])
+    assert values.shape == (6,)
+    assert_close(values, torch.tensor(expected, dtype=F64))
+    if loss != "mse":
+        assert abs(values.mean() - weights.mean() * sum(errors) / 6) > 0.01 * values.mean()
+
+
+def test_a_model_of_the_wrong_shape_is_refused():
+    with pytest.raises(AssertionError, match="returned"):
+        losses.loss(lambda z, t: z[:, :1], torch.zeros(3, 2), torch.full((3,), 0.5), torch.zeros(3, 2), target="x",
+                    loss="mse", schedule=COSINE)
+    with pytest.raises(ValueError, match="unknown loss 'foo': choose from mse, rescaled, nelbo, nelbo_stable"):
+        losses.weight("foo", "x", T, COSINE)
+
+
+@every_schedule
+def test_discrete_loss_is_the_sum_of_equation_3_18(name):
+    """All T terms for Gaussian data: 1/2 sum of (SNR(s) - SNR(t)) mmse(t), typed out."""
+    c, steps, t_min, schedule = 0.6, 9, 1e-3, SCHEDULES[name]
+    i = torch.arange(1, steps + 1)
+    grid = t_min + (1 - 2 * t_min) * torch.arange(steps + 1, dtype=F64) / steps
+    alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
+    snr = alpha**2 / sigma**2
+    expected = 0.5 * sum((snr[k - 1] - snr[k]) * c**2 / (1 + c**2 * snr[k]) for k in range(1, steps + 1))
+    x, eps = torch.tensor([[c, 1], [c, -1], [-c, 1], [-c, -1]], dtype=F64).T.repeat_interleave(steps, 1)
+    for target in TARGETS:
+        values = losses.discrete_loss(gaussian_model(c, target, schedule), x[:, None], i.repeat(4), eps[:, None],
+                                      steps=steps, target=target, schedule=schedule, t_min=t_min)
+        assert values.shape == (4 * steps,)
+        assert_close(values.mean(), expected, rtol=1e-6, atol=0)
+
+
+@every_schedule
+def test_discrete_loss_is_the_kl_of_the_two_posteriors(name):
+    """Eq. (3.15) - (3.17): each term is T times KL(q(z_s | z_t, x) || p(z_s | z_t)) by torch.distributions."""
+    steps, schedule, g = 8, SCHEDULES[name], torch.Generator().manual_seed(0)
+    i = torch.arange(1, steps + 1)
+    x, eps = torch.randn(2, steps, 2, dtype=F64, generator=g)
+    model = lambda z, t: 0.3 * z - 0.1
+    s, t = (1e-3 + (1 - 2e-3) * (i + shift).to(F64) / steps for shift in (-1, 0))
+    z = ddpm.q_sample(x, t, eps, schedule)
+    mean, var = ddpm.posterior(z, x, s, t, schedule)
+    mean_hat, _ = ddpm.posterior(z, model(z, t), s, t, schedule)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, var.sqrt()), normal(mean_hat, var.sqrt())).sum(1)
+    values = losses.discrete_loss(model, x, i, eps, steps=steps, target="x", schedule=schedule)
+    assert_close(values * 2 / steps, kl, rtol=1e-6, atol=0)
+
+
+@every_schedule
+def test_discrete_loss_tends_to_the_continuous_one_from_above(name):
+    c, schedule, t_min = 0.6, SCHEDULES[name], 1e-3
+    snr = schedule.snr(torch.tensor([t_min, 1 - t_min], dtype=F64))
+    limit = 0.5 * torch.log((1 + c**2 * snr[0]) / (1 + c**2 * snr[1])).item()
+    gaps = []
+    for steps in 64, 256, 1024, 2**18:
+        i = torch.arange(1, steps + 1)
+        x, eps = torch.tensor([[c, 1], [c, -1], [-c, 1], [-c, -1]], dtype=F64).T.repeat_interleave(steps, 1)
+        gaps.append(losses.discrete_loss(gaussian_model(c, "v", schedule), x[:, None], i.repeat(4), eps[:, None],
+                                         steps=steps, target="v", schedule=schedule).mean().item() - limit)
+    assert gaps[0] > gaps[1] > gaps[2] > gaps[3] > 0
+    assert gaps[3] < 2e-3 * limit and gaps[3] < gaps[2] / 100        # the gap halves as T doubles
+
+
+def test_t_is_uniform_in_its_range_and_stratified_over_each_batch():
+    n, t_min = 1000, 0.1
+    t = losses.sample_t((7, n), t_min, torch.Generator().manual_seed(0), dtype=F64)
+    assert t.shape == (7, n) and t.min() >= t_min and t.max() <= 1 - t_min
+    gaps = t.sort(1).values.diff(dim=1)
+    assert_close(gaps, torch.full_like(gaps, (1 - 2 * t_min) / n))           # evenly spaced
+    assert len(set(t[:, 0].tolist())) == 7                                     # each batch with its own offset
+    single = torch.stack([losses.sample_t((4,), t_min, torch.Generator().manual_seed(i))[0] for i in range(4000)])
+    assert abs(single.mean() - 0.5) < 4 * 0.8 / 12**0.5 / 4000**0.5           # and each t alone is uniform
+    assert abs(single.std() - 0.8 / 12**0.5) < 0.01
+
+
+def test_stratified_t_has_less_variance():
+    means = lambda draw: torch.stack([(draw(i)**2).mean() for i in range(300)]).var()
+    plain = means(lambda i: torch.rand(64, generator=torch.Generator().manual_seed(i)))
+    assert means(lambda i: losses.sample_t((64,), 0.0, torch.Generator().manual_seed(i))) < 0.1 * plain

@@ -1,0 +1,40 @@
+"""Both distances against numpy, and the floor against its closed form."""
+import math
+
+import numpy as np
+import torch
+from torch.testing import assert_close
+
+import metrics
+from datasets2d import DATASETS
+
+g = torch.Generator().manual_seed(0)
+X, Y = torch.randn(5, 3, generator=g, dtype=torch.float64), 2 + torch.randn(7, 3, generator=g, dtype=torch.float64)
+
+
+def test_distances_are_numpys():
+    x, y = X.numpy(), Y.numpy()
+    assert_close(metrics.mean_distance(X, Y).item(), float(np.linalg.norm(x.mean(0) - y.mean(0))))
+    assert_close(metrics.covariance(X), torch.from_numpy(np.cov(x.T)))                           # n - 1
+    difference = np.cov(x.T) - np.cov(y.T)
+    assert_close(metrics.covariance_distance(X, Y).item(), float(np.sqrt((difference**2).sum())))  # Frobenius
+
+
+def test_distances_by_hand():
+    """Two and three points, equations (4.1) - (4.5) on paper."""
+    x, y = torch.tensor([[0.0, 0.0], [2.0, 4.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+    assert_close(metrics.mean_distance(x, y).item(), 1.0)                                        # (1, 2) and (1, 1)
+    # covariances [[2, 4], [4, 8]] and [[3, -1.5], [-1.5, 3]]
+    assert_close(metrics.covariance_distance(x, y).item(), math.sqrt(1 + 2 * 5.5**2 + 25))
+    assert metrics.mean_distance(x, x) == 0 and metrics.covariance_distance(x, x) == 0
+
+
+def test_floor_of_the_mean_distance_is_its_closed_form():
+    """Means of n and m standardised points differ by N(0, 1/n + 1/m) per axis: a Rayleigh distance."""
+    floor = metrics.floor(DATASETS["clusters"], 1000, 5000, 400, torch.Generator().manual_seed(0))
+    scale = math.sqrt(1 / 1000 + 1 / 5000)
+    mean, std = floor["mean_distance"]
+    assert abs(mean / (scale * math.sqrt(math.pi / 2)) - 1) < 0.1
+    assert abs(std / (scale * math.sqrt(2 - math.pi / 2)) - 1) < 0.15
+    mean, std = floor["covariance_distance"]
+    assert 0.02 < mean < 0.06 and 0 < std < mean
