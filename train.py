@@ -169,8 +169,8 @@ def main(argv=None):
         seconds += time.perf_counter() - start
         history.append(dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=step_losses.mean().item(),
                             test_loss=test_loss, optimum=optimum, seconds=round(seconds, 2)))
-        run.save(ckpt, dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), history=history))
         run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
+        run.save(ckpt, dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), history=history))
         line = f"epoch {epoch + 1:3d}  train {history[-1]['train_loss']:.4f}  test {test_loss:.4f}"
         bar.set_description(line) if terminal else print(f"{line}  {seconds:.0f} s", flush=True)
     bar.close()

@@ -1,0 +1,143 @@
+"""Sampling end to end, and checkpoints that are missing, damaged, dangerous or of another project."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddpm
+import metrics
+import run
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    train.main(["--data", "clusters", "--target", "v", "--epochs", "5", "--width", "64", "--device", "cpu",
+                "--out", str(out)])
+    return out / "clusters-v-mse-s0"
+
+
+def draw(ckpt, *extra):
+    sample.main(["--ckpt", str(ckpt), "--device", "cpu", *extra])
+
+
+def test_samples_and_distances(trained, tmp_path, capsys):
+    draw(trained, "--steps", "50", "--num-samples", "5000", "--out", str(tmp_path))
+    samples = np.load(tmp_path / "samples.npy")
+    assert samples.shape == (5000, 2) and samples.dtype == np.float32
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    real = train.test_set("clusters")
+    assert real.shape == (50_000, 2)
+    for name in "mean_distance", "covariance_distance":
+        assert abs(result[name] - getattr(metrics, name)(torch.from_numpy(samples), real).item()) < 1e-6
+        assert result[name] < 0.2 and 0 < result[f"{name}_floor"]["mean"] < 0.05
+    assert (result["steps"], result["num_samples"], result["target"], result["epochs_trained"]) == (50, 5000, "v", 5)
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "mean distance" in out and "floor" in out and f"{result['covariance_distance']:.4f}" in out
+
+
+def test_sampling_is_the_checkpoints_own_model_schedule_and_target(trained, tmp_path):
+    draw(trained, "--steps", "3", "--num-samples", "10", "--seed", "7", "--out", str(tmp_path))
+    state = run.load(trained)
+    model = train.build_model(state["config"])
+    model.load_state_dict(state["model"])
+    expected = ddpm.ancestral_sample(model, (10, 2), 3, target="v", schedule=ddpm.SCHEDULES["cosine"], t_min=1e-3,
+                                     generator=run.generator("cpu", 7, "sample"))
+    assert np.array_equal(np.load(tmp_path / "samples.npy"), expected.numpy())
+
+
+def test_the_newest_run_is_the_default_and_its_folder_the_output(trained, capsys, monkeypatch):
+    older = trained.parent / "clusters-eps-mse-s9"
+    older.mkdir()
+    (older / "ckpt.pt").write_bytes(b"")
+    os.utime(older / "ckpt.pt", (0, 0))
+    monkeypatch.setattr(run, "newest", lambda newest=run.newest: newest(trained.parent))
+    sample.main(["--steps", "1", "--num-samples", "100", "--device", "cpu"])
+    assert str(trained) in capsys.readouterr().out and (trained / "samples.npy").exists()
+    draw(trained / "ckpt.pt", "--steps", "2", "--num-samples", "100")
+    assert json.loads((trained / "metrics.json").read_text())["steps"] == 2
+
+
+def test_no_run_at_all(tmp_path):
+    with pytest.raises(SystemExit, match="no checkpoint under .* train one first: python train.py"):
+        run.newest(tmp_path)
+    with pytest.raises(SystemExit, match="no checkpoint at .* train one first: python train.py"):
+        draw(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "pickle", "zipped pickle", "folder"])
+def test_a_damaged_or_dangerous_checkpoint_is_one_sentence(trained, tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    whole = (trained / "ckpt.pt").read_bytes()
+    contents = {"truncated": whole[:len(whole) // 2], "empty": b"", "text": b"not a checkpoint\n",
+                "pickle": pickle.dumps({"model": Bomb()}, protocol=2)}
+    if kind == "zipped pickle":
+        torch.save({"format": run.FORMAT, "model": Bomb()}, path)
+    elif kind == "folder":
+        (path / "ckpt.pt").mkdir(parents=True)
+    else:
+        path.write_bytes(contents[kind])
+    with pytest.raises(SystemExit, match="damaged or not a checkpoint of this project, nothing in it was run"):
+        draw(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_checkpoint_of_another_project_is_one_sentence(tmp_path):
+    for foreign in {"model": {}, "config": {"target": "eps"}}, [1, 2], torch.zeros(3):
+        torch.save(foreign, tmp_path / "ckpt.pt")
+        with pytest.raises(SystemExit, match="not a checkpoint of this project - make one with"):
+            draw(tmp_path / "ckpt.pt")
+
+
+def test_a_diverged_model_is_one_sentence(trained, tmp_path):
+    state = run.load(trained)
+    state["model"]["layers.6.bias"][:] = float("nan")
+    run.save(tmp_path / "ckpt.pt", state)
+    with pytest.raises(SystemExit, match="not finite"):
+        draw(tmp_path, "--steps", "2", "--num-samples", "10")
+    assert not (tmp_path / "samples.npy").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "-3"], ["--num-samples", "1"], ["--steps", "x"]])
+def test_wrong_arguments_exit_with_2(trained, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        draw(trained, *arguments)
+    assert stop.value.code == 2 and "--" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_old_samples(trained, tmp_path):
+    draw(trained, "--steps", "1", "--num-samples", "10", "--out", str(tmp_path))
+    before = (tmp_path / "samples.npy").read_bytes()
+    (tmp_path / "samples.npy.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="cannot write .*samples.npy: No space left on device"):
+        draw(trained, "--steps", "2", "--num-samples", "10", "--out", str(tmp_path))
+    assert (tmp_path / "samples.npy").read_bytes() == before
+
+
+def test_exit_codes_from_a_shell(tmp_path):
+    def call(*arguments):
+        result = subprocess.run([sys.executable, str(ROOT / "sample.py"), *arguments], cwd=tmp_path,
+                                capture_output=True, text=True)
+        assert "Traceback" not in result.stderr
+        return result.returncode, result.stderr.strip().splitlines()
+    code, lines = call("--ckpt", "nowhere")
+    assert code == 1 and len(lines) == 1 and "train one first" in lines[0]
+    code, lines = call("--steps", "0")
+    assert code == 2 and "must be at least 1" in lines[-1]
