@@ -9,7 +9,6 @@ also written to results/. Each cell is the mean +- standard deviation over the s
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -30,14 +29,17 @@ DISTANCES = "mean_distance", "covariance_distance"
 
 
 def result(args, data, target, seed, steps):
-    """metrics.json of one run's samples as a dict, after training and sampling where that has not been done."""
+    """metrics.json of one run's samples as a dict; trains and samples if that has not been done since."""
     folder = Path(args.runs) / f"{data}-{target}-mse-s{seed}"
-    out = folder / f"steps-{steps}"
-    if not (out / "metrics.json").exists():
-        train.main(["--data", data, "--target", target, "--loss", "mse", "--seed", str(seed), "--out", args.runs,
-                    "--epochs", str(args.epochs), "--device", args.device, "--resume"])
-        sample.main(["--ckpt", str(folder), "--steps", str(steps), "--seed", str(seed), "--out", str(out),
-                     "--device", args.device])
+    ckpt, out = folder / "ckpt.pt", folder / f"steps-{steps}"
+    if (out / "metrics.json").exists() and (out / "metrics.json").stat().st_mtime > ckpt.stat().st_mtime:
+        done = json.loads((out / "metrics.json").read_text())
+        if done["epochs_trained"] == args.epochs:
+            return done
+    train.main(["--data", data, "--target", target, "--loss", "mse", "--seed", str(seed), "--out", args.runs,
+                "--epochs", str(args.epochs), "--device", args.device, "--resume"])
+    sample.main(["--ckpt", str(folder), "--steps", str(steps), "--seed", str(seed), "--out", str(out),
+                 "--device", args.device])
     return json.loads((out / "metrics.json").read_text())
 
 
@@ -104,8 +106,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped - type the same command to go on", file=sys.stderr)
-        sys.exit(130)
+    run.script(main, "type the same command to go on")

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import io
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -93,3 +94,12 @@ def number(kind, low, high=float("inf")):
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value
     return parse
+
+
+def script(main, stopped):
+    """Run a script's main(); after Ctrl-C say what became of the work, exit code 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\nstopped - {stopped}", file=sys.stderr)
+        sys.exit(130)

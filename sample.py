@@ -10,7 +10,6 @@ distance to 50,000 fresh points beside their floor: what two samples of the data
 import argparse
 import io
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -78,8 +77,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped - nothing was written", file=sys.stderr)
-        sys.exit(130)
+    run.script(main, "nothing was written")

@@ -160,12 +160,12 @@ def main(argv=None):
     for epoch in range(len(history), args.epochs):
         start = time.perf_counter()
         step_losses = train_epoch(model, optimizer, train, epoch, config, on_step=bar.update)
-        bad = (~step_losses.isfinite()).nonzero()
-        if len(bad):                       # looked at once an epoch: asking at every step would wait for the device
-            bar.close()
-            raise SystemExit(f"the loss is {step_losses[bad[0]].item()} at step {epoch * steps + bad[0].item()} - "
-                             f"lower --lr or raise --t-min; {len(history)} finished epochs are kept in {folder}")
         test_loss = evaluate(model, *fixed)
+        finite = step_losses.isfinite()
+        if not (finite.all() and math.isfinite(test_loss)):    # once an epoch: at every step it would wait for the GPU
+            bar.close()
+            raise SystemExit(f"the loss is not finite from step {epoch * steps + finite.long().cumprod(0).sum()} on - "
+                             f"lower --lr or raise --t-min; {len(history)} finished epochs are kept in {folder}")
         seconds += time.perf_counter() - start
         history.append(dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=step_losses.mean().item(),
                             test_loss=test_loss, optimum=optimum, seconds=round(seconds, 2)))
@@ -181,8 +181,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped - the finished epochs are kept; go on with the same command and --resume", file=sys.stderr)
-        sys.exit(130)
+    run.script(main, "the finished epochs are kept; go on with the same command and --resume")

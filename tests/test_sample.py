@@ -12,6 +12,7 @@ import torch
 
 import ddpm
 import metrics
+import mlp
 import run
 import sample
 import train
@@ -47,13 +48,15 @@ def test_samples_and_distances(trained, tmp_path, capsys):
     assert "mean distance" in out and "floor" in out and f"{result['covariance_distance']:.4f}" in out
 
 
-def test_sampling_is_the_checkpoints_own_model_schedule_and_target(trained, tmp_path):
-    draw(trained, "--steps", "3", "--num-samples", "10", "--seed", "7", "--out", str(tmp_path))
-    state = run.load(trained)
-    model = train.build_model(state["config"])
-    model.load_state_dict(state["model"])
-    expected = ddpm.ancestral_sample(model, (10, 2), 3, target="v", schedule=ddpm.SCHEDULES["cosine"], t_min=1e-3,
-                                     generator=run.generator("cpu", 7, "sample"))
+def test_sampling_is_the_checkpoints_own_model_schedule_and_target(tmp_path):
+    train.main(["--data", "waves", "--target", "s", "--loss", "nelbo", "--schedule", "ve", "--t-min", "0.02",
+                "--stabiliser", "0.05", "--epochs", "1", "--width", "8", "--device", "cpu", "--out", str(tmp_path)])
+    folder = tmp_path / "waves-s-nelbo-s0"
+    draw(folder, "--steps", "3", "--num-samples", "10", "--seed", "7", "--out", str(tmp_path))
+    model = mlp.MLP(width=8, schedule=ddpm.SCHEDULES["ve"])
+    model.load_state_dict(run.load(folder)["model"])
+    expected = ddpm.ancestral_sample(model, (10, 2), 3, target="s", schedule=ddpm.SCHEDULES["ve"], t_min=0.02,
+                                     generator=run.generator("cpu", 7, "sample"), stabiliser=0.05)
     assert np.array_equal(np.load(tmp_path / "samples.npy"), expected.numpy())
 
 

@@ -151,13 +151,13 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     state["history"] = state["history"][:2]                          # as if stopped after epoch 2
     state["model"]["layers.3.bias"][:] = float("nan")
     run.save(folder / "ckpt.pt", state)
-    with pytest.raises(SystemExit, match="the loss is nan at step 20 - lower --lr .* 2 finished epochs are kept"):
+    with pytest.raises(SystemExit, match="not finite from step 20 on - lower --lr .* 2 finished epochs are kept"):
         fit(tmp_path, "--epochs", "3", "--resume")
     assert len(run.load(folder)["history"]) == 2 and before != (folder / "ckpt.pt").read_bytes()
 
 
 def test_an_exploding_learning_rate_is_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="the loss is .* at step"):
+    with pytest.raises(SystemExit, match="the loss is not finite from step"):
         fit(tmp_path, "--lr", "1e30")
 
 

@@ -1,0 +1,22 @@
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: demo test bench
+
+# Train eps with mse on the rings, draw 10,000 samples in 512 steps, measure them. Goes on where it was interrupted.
+demo: .venv/.installed
+	$(RUN) train.py --data rings --target eps --loss mse --resume
+	$(RUN) sample.py --ckpt runs/rings-eps-mse-s0 --steps 512
+
+test: .venv/.installed
+	$(RUN) -m pytest -q
+
+bench: .venv/.installed
+	$(RUN) bench.py
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	    { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -r requirements.txt
+	touch $@

@@ -1,0 +1,152 @@
+"""Does a test notice? Change one line of a formula at a time and run the tests: each of these mutants must die.
+
+    python tests/mutants.py                # all, about 10 minutes on 2 cores
+    python tests/mutants.py losses.py      # those of one file
+
+Works on a copy of the project. Prints the survivors and exits with 1 if there are any, or if a line is not found once.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+MUTANTS = [  # file, the code as it is (found exactly once), the mutant
+    # The process
+    ("ddpm.py", "sin(math.pi / 2 * (1 - t)).log() -", "sin(math.pi / 2 * (1 - t)).log() +"),
+    ("ddpm.py", "return 2 * (torch.sin", "return (torch.sin"),
+    ("ddpm.py", "return -math.pi / (torch.sin", "return -math.pi / 2 / (torch.sin"),
+    ("ddpm.py", "torch.sigmoid(-self.logsnr(t)).sqrt()", "torch.sigmoid(-self.logsnr(t))"),
+    ("ddpm.py", "torch.sigmoid(-self.logsnr(t)).sqrt()", "(1 - self.alpha(t)**2).sqrt()"),
+    ("ddpm.py", "torch.exp(-0.5 * self.logsnr(t))", "torch.exp(-self.logsnr(t))"),
+    ("ddpm.py", "self.snr(t) * self.dlogsnr(t)", "self.dlogsnr(t)"),
+    ("ddpm.py", "(BETA_1 - BETA_0) * t**2 / 2).log()", "(BETA_1 - BETA_0) * t**2).log()"),
+    ("ddpm.py", "BETA_0, BETA_1 = 0.1, 20.0", "BETA_0, BETA_1 = 0.1, 19.0"),
+    ("ddpm.py", "beta / torch.expm1(-BETA_0", "-beta / torch.expm1(BETA_0"),
+    ("ddpm.py", "torch.full_like(t, -2 * math.log", "torch.full_like(t, -math.log"),
+    ("ddpm.py", "return alpha * x + sigma * eps", "return sigma * x + alpha * eps"),
+    ("ddpm.py", "schedule.alpha(t) / schedule.alpha(s)", "schedule.alpha(s) / schedule.alpha(t)"),
+    ("ddpm.py", "-torch.expm1(schedule.logsnr(t) - schedule.logsnr(s))",
+                "-torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))"),
+    ("ddpm.py", "return schedule.sigma(t)**2 * one_minus", "return schedule.sigma(s)**2 * one_minus"),
+    ("ddpm.py", "(schedule.sigma(s) / schedule.sigma(t))**2", "(schedule.sigma(s) / schedule.sigma(t))"),
+    ("ddpm.py", "expand(schedule.alpha(s) * c, x) * x", "expand(schedule.alpha(t) * c, x) * x"),
+    ("ddpm.py", "return mean, expand(schedule.sigma(s)**2 * c, z)", "return mean, expand(schedule.sigma(t)**2 * c, z)"),
+    ("ddpm.py", "t_min + (1 - 2 * t_min) * torch.arange(steps + 1", "t_min + (1 - t_min) * torch.arange(steps + 1"),
+    ("ddpm.py", "model(z, times[i].expand", "model(z, times[i - 1].expand"),
+    ("ddpm.py", "prediction, z, alphas[i], sigmas[i]", "prediction, z, alphas[i - 1], sigmas[i - 1]"),
+    ("ddpm.py", "        if i > 1:", "        if i > 0:"),
+    ("ddpm.py", "posterior(z, x_hat, times[i - 1], times[i], schedule)",
+                "posterior(z, x_hat, times[max(i - 2, 0)], times[i], schedule)"),
+    ("ddpm.py", "mean + var.sqrt() *", "mean + var *"),
+    ("ddpm.py", "(alphas[-1]**2 + sigmas[-1]**2).sqrt() * z", "sigmas[-1] * z"),
+    ("ddpm.py", "    return x_hat\n", "    return z\n"),
+    ("ddpm.py", "    if steps < 1:", "    if steps < 0:"),
+    # The targets
+    ("targets.py", '"x":   lambda alpha, sigma, d: (1.0, 0.0)', '"x":   lambda alpha, sigma, d: (-1.0, 0.0)'),
+    ("targets.py", '"eps": lambda alpha, sigma, d: (0.0, 1.0)', '"eps": lambda alpha, sigma, d: (0.0, -1.0)'),
+    ("targets.py", "(-sigma, alpha)", "(sigma, -alpha)"),
+    ("targets.py", "(-sigma, alpha)", "(sigma, alpha)"),
+    ("targets.py", "(-sigma, alpha)", "(-alpha, sigma)"),
+    ("targets.py", "(0.0, -sigma / (sigma**2 + d))", "(0.0, sigma / (sigma**2 + d))"),
+    ("targets.py", "(0.0, -sigma / (sigma**2 + d))", "(0.0, -1 / (sigma**2 + d))"),
+    ("targets.py", "(0.0, -sigma / (sigma**2 + d))", "(0.0, -sigma / (sigma + d)**2)"),
+    ("targets.py", '"u":   lambda alpha, sigma, d: (-1.0, 1.0)', '"u":   lambda alpha, sigma, d: (1.0, -1.0)'),
+    ("targets.py", "    return alpha * b - sigma * a\n", "    return alpha * b + sigma * a\n"),
+    ("targets.py", "(b * z - sigma * y) /", "(b * z + sigma * y) /"),
+    ("targets.py", "(alpha * y - a * z) /", "(a * z - alpha * y) /"),
+    # The losses
+    ("losses.py", "return torch.ones_like(det)", "return torch.ones_like(det) / 2"),
+    ("losses.py", "return (sigma / det)**2", "return (det / sigma)**2"),
+    ("losses.py", "return (sigma / det)**2", "return (sigma / det).abs()"),
+    ("losses.py", "return -0.5 * dlogsnr * (alpha / det)**2", "return -dlogsnr * (alpha / det)**2"),
+    ("losses.py", "return -0.5 * dlogsnr * (alpha / det)**2", "return -0.5 * dlogsnr * (sigma / det)**2"),
+    ("losses.py", '"x": alpha / (sigma**3 + STABLE_D)', '"x": alpha / (sigma + STABLE_D)**3'),
+    ("losses.py", '"eps": 1 / (alpha * sigma + STABLE_D)', '"eps": 1 / (alpha * sigma)'),
+    ("losses.py", '"v": alpha / (sigma + STABLE_D)', '"v": sigma / (alpha + STABLE_D)'),
+    ("losses.py", '"s": sigma / (alpha + STABLE_D)', '"s": sigma**2 / (alpha + STABLE_D)'),
+    ("losses.py", "STABLE_D = 0.01", "STABLE_D = 0.001"),
+    ("losses.py", "a * x + b * eps, weight(", "a * eps + b * x, weight("),
+    ("losses.py", "return w * (y_hat - y).square().flatten(1).mean(1)",
+                  "return w.mean() * (y_hat - y).square().flatten(1).mean(1)"),
+    ("losses.py", "return w * (y_hat - y).square().flatten(1).mean(1)",
+                  "return w * (y_hat - y).square().flatten(1).sum(1)"),
+    ("losses.py", "(y_hat - y).square()", "(y_hat - y).abs()"),
+    ("losses.py", "(i.to(x) - 1) / steps", "(i.to(x) - 0.5) / steps"),
+    ("losses.py", "torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))",
+                  "torch.exp(schedule.logsnr(s) - schedule.logsnr(t))"),
+    ("losses.py", "steps / 2 * snr_ratio_minus_1", "steps * snr_ratio_minus_1"),
+    ("losses.py", "dtype=dtype) / shape[-1]) % 1", "dtype=dtype) / shape[-1] / 2) % 1"),
+    ("losses.py", "return t_min + (1 - 2 * t_min) * u", "return t_min + (1 - t_min) * u"),
+    ("losses.py", "torch.rand((*shape[:-1], 1)", "torch.rand((1,)"),
+    ("losses.py", "det = targets.determinant(target, alpha, sigma, stabiliser)",
+                  "det = targets.determinant(target, alpha, sigma)"),
+    # The data
+    ("datasets2d.py", "var = alpha**2 * data_var + sigma**2", "var = data_var + sigma**2"),
+    ("datasets2d.py", "-0.5 * (d0 * d0 + d1 * d1)", "-1.0 * (d0 * d0 + d1 * d1)"),
+    ("datasets2d.py", "- math.log(len(self.centres))", "+ math.log(len(self.centres))"),
+    ("datasets2d.py", "score.append((alpha * centre - z) / var)", "score.append((z - alpha * centre) / var)"),
+    ("datasets2d.py", "centre + alpha * data_var / var * (z - alpha * centre)", "centre"),
+    ("datasets2d.py", "- (b * sigma)[..., None] * score", "+ (b * sigma)[..., None] * score"),
+    ("datasets2d.py", "(centres.var(0, correction=0) + std**2).sqrt()", "centres.var(0, correction=0).sqrt()"),
+    ("datasets2d.py", "(centres - mean) / scale, std / scale", "(centres - mean) / scale, std * torch.ones(2)"),
+    ("datasets2d.py", "+ self.std.to(noise) * noise", "+ self.std.to(noise)**2 * noise"),
+    ("datasets2d.py", "dtype=torch.float64), 0.2", "dtype=torch.float64), 0.25"),
+    ("datasets2d.py", "torch.tensor([0.5, 0.0]", "torch.tensor([0.4, 0.0]"),
+    ("datasets2d.py", "line(1.5 * math.pi, 4.5 * math.pi, n)", "line(1.5 * math.pi, 4 * math.pi, n)"),
+    ("datasets2d.py", "torch.stack([u, u.sin() - 1], 1)", "torch.stack([u, u.cos() - 1], 1)"),
+    # The metrics
+    ("metrics.py", "(len(x) - 1)", "len(x)"),
+    ("metrics.py", "centred = x - x.mean(0)", "centred = x"),
+    ("metrics.py", "(covariance(x) - covariance(y)).norm()", "(covariance(x) - covariance(y)).trace().abs()"),
+    ("metrics.py", "(x.mean(0) - y.mean(0)).norm()", "(x.mean(0) - y.mean(0)).abs().sum()"),
+    ("metrics.py", "dataset.sample(m, generator)) for", "dataset.sample(n, generator)) for"),
+    # The network, training, sampling
+    ("mlp.py", "for layer in self.layers[:-1]:", "for layer in self.layers[:-2]:"),
+    ("mlp.py", ".rsqrt()[:, None]", ".sqrt()[:, None]"),
+    ("train.py", "math.cos(math.pi * progress)", "math.cos(2 * math.pi * progress)"),
+    ("train.py", "progress = (epoch * steps + i)", "progress = i"),
+    ("train.py", 'seed, "noise", epoch)', 'seed, "noise")'),
+    ("train.py", 'seed, "order", epoch)', 'seed, "order")'),
+    ("train.py", "        optimizer.zero_grad()\n", ""),
+    ("train.py", '        optimizer.load_state_dict(state["optimizer"])\n', ""),
+    ("train.py", '    torch.manual_seed(args.seed)\n', ""),
+    ("train.py", "if not (finite.all() and math.isfinite(test_loss)):", "if False:"),
+    ("sample.py", 'stabiliser=config["stabiliser"])', "stabiliser=0.0)"),
+    ("sample.py", 't_min=config["t_min"]', "t_min=1e-3"),
+    ("sample.py", 'ddpm.SCHEDULES[config["schedule"]]', 'ddpm.SCHEDULES["cosine"]'),
+    ("run.py", "weights_only=True", "weights_only=False"),
+    ("run.py", "        temporary.write_bytes(data)\n        os.replace(temporary, path)\n",
+               "        path.write_bytes(data)\n"),
+]
+
+
+def outcome(file, old, new):
+    """'killed' if a test fails on the mutant, 'SURVIVED' if all pass, 'NOT FOUND' if `old` does not stand there once."""
+    text = (ROOT / file).read_text()
+    if text.count(old) != 1:
+        return "NOT FOUND"
+    with tempfile.TemporaryDirectory() as copy:
+        for source in [*ROOT.glob("*.py"), ROOT / "pytest.ini"]:
+            shutil.copy(source, copy)
+        shutil.copytree(ROOT / "tests", Path(copy) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(copy) / file).write_text(text.replace(old, new))
+        result = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"], cwd=copy,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode == 0:
+        return "SURVIVED"
+    first = next((line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "at import")
+    return "killed by " + first.split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ")
+
+
+if __name__ == "__main__":
+    chosen = [m for m in MUTANTS if not sys.argv[1:] or m[0] in sys.argv[1:]]
+    bad = 0
+    for number, (file, old, new) in enumerate(chosen, 1):
+        verdict = outcome(file, old, new)
+        bad += not verdict.startswith("killed")
+        print(f"{number:3d}/{len(chosen)} {file}: {old.strip()!r} -> {new.strip()!r}: {verdict}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} mutants killed")
+    sys.exit(bad > 0)
