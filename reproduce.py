@@ -48,6 +48,11 @@ def cell(results, name):
     return f"{statistics.mean(values):.3f} +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
 
 
+def gap(results):
+    """Mean log-density of the samples minus that of the data, in nats: 0 is right, more is too sharp."""
+    return cell([{"gap": r["log_density"] - r["log_density_data"]} for r in results], "gap")
+
+
 def floor(results, name):
     return "{mean:.3f} +- {std:.3f}".format(**results[0][f"{name}_floor"])
 
@@ -64,21 +69,20 @@ def moments(args):
 
 
 def steps(args):
-    device, data = run.device(args.device), DATASETS["rings"]
-    schedule, real = ddpm.SCHEDULES["cosine"], train.test_set("rings")
-    yield "| steps | x: mean dist. | x: covar. dist. | v: mean dist. | v: covar. dist. | exact denoiser: covar. dist. |"
-    yield "|---|---|---|---|---|---|"
+    device, data, schedule = run.device(args.device), DATASETS["rings"], ddpm.SCHEDULES["cosine"]
+    real = train.test_set("rings")
+    yield "| steps | covar. dist.: x | v | exact denoiser | log-density gap: x | v | exact denoiser |"
+    yield "|---|---|---|---|---|---|---|"
     for n in 2, 4, 8, 16, 32, 64, 128, 256, 512:
-        row = [str(n)]
-        for target in "x", "v":
-            results = [result(args, "rings", target, seed, n) for seed in range(args.seeds)]
-            row += [cell(results, name) for name in DISTANCES]
+        columns = [[result(args, "rings", target, seed, n) for seed in range(args.seeds)] for target in ("x", "v")]
         exact = [ddpm.ancestral_sample(data.optimal_model("v", schedule), (10_000, 2), n, target="v", schedule=schedule,
                                        generator=run.generator(device, seed, "sample")).cpu()
                  for seed in range(args.seeds)]
-        exact = [{DISTANCES[1]: metrics.covariance_distance(x, real).item()} for x in exact]
-        yield "| " + " | ".join(row + [cell(exact, DISTANCES[1])]) + " |"
-    yield f"| floor | {' | '.join(2 * [floor(results, name) for name in DISTANCES])} | {floor(results, DISTANCES[1])} |"
+        columns.append([{DISTANCES[1]: metrics.covariance_distance(x, real).item(),
+                         "log_density": metrics.log_density(data, x).item(),
+                         "log_density_data": columns[0][0]["log_density_data"]} for x in exact])
+        yield f"| {n} | " + " | ".join([cell(c, DISTANCES[1]) for c in columns] + [gap(c) for c in columns]) + " |"
+    yield "| floor |" + f" {floor(columns[0], DISTANCES[1])} |" * 3 + " 0 |" * 3
 
 
 TABLES = {"moments": moments, "steps": steps}

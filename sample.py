@@ -54,8 +54,8 @@ def main(argv=None):
     if not samples.isfinite().all():
         raise SystemExit(f"{ckpt} gives samples that are not finite - train it longer, or with another --loss")
 
-    real = train.test_set(config["data"])
-    floor = metrics.floor(DATASETS[config["data"]], args.num_samples, len(real), generator=run.generator("cpu", "floor"))
+    data, real = DATASETS[config["data"]], train.test_set(config["data"])
+    floor = metrics.floor(data, args.num_samples, len(real), generator=run.generator("cpu", "floor"))
     result = {"ckpt": str(ckpt), **config, "epochs_trained": len(state["history"]),
               "test_loss": state["history"][-1]["test_loss"], "optimum": state["history"][-1]["optimum"], "steps": args.steps,
               "num_samples": args.num_samples, "sampling_seed": args.seed, "device": str(device), "seconds": seconds}
@@ -64,7 +64,9 @@ def main(argv=None):
     for distance in metrics.mean_distance, metrics.covariance_distance:
         name, (mean, std) = distance.__name__, floor[distance.__name__]
         result[name], result[f"{name}_floor"] = distance(samples, real).item(), {"mean": mean, "std": std}
-        print(f"{name.replace('_', ' '):20s}   {result[name]:.4f}    {mean:.4f} +- {std:.4f}")
+        print(f"{name.replace('_', ' '):20s} {result[name]:8.4f}    {mean:.4f} +- {std:.4f}")
+    result["log_density"], result["log_density_data"] = (metrics.log_density(data, x).item() for x in (samples, real))
+    print(f"mean log-density     {result['log_density']:8.4f}   {result['log_density_data']:.4f} nats of the data itself")
 
     out = Path(args.out) if args.out else ckpt if ckpt.is_dir() else ckpt.parent
     buffer = io.BytesIO()

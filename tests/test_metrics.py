@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import metrics
-from datasets2d import DATASETS
+from datasets2d import DATASETS, GaussianMixture
 
 g = torch.Generator().manual_seed(0)
 X, Y = torch.randn(5, 3, generator=g, dtype=torch.float64), 2 + torch.randn(7, 3, generator=g, dtype=torch.float64)
@@ -27,6 +27,19 @@ def test_distances_by_hand():
     # covariances [[2, 4], [4, 8]] and [[3, -1.5], [-1.5, 3]]
     assert_close(metrics.covariance_distance(x, y).item(), math.sqrt(1 + 2 * 5.5**2 + 25))
     assert metrics.mean_distance(x, x) == 0 and metrics.covariance_distance(x, x) == 0
+
+
+def test_log_density_sees_a_ring_that_is_too_thin():
+    """The mean over rings of half the noise is log p under the data, by torch.distributions: 0.3 nats too high."""
+    data = DATASETS["rings"]
+    thin = GaussianMixture(data.centres, data.std / 2)
+    x, y = (d.sample(20_000, torch.Generator().manual_seed(0), dtype=torch.float64) for d in (data, thin))
+    d = torch.distributions
+    reference = d.MixtureSameFamily(d.Categorical(torch.ones(len(data.centres), dtype=torch.float64)),
+                                    d.Independent(d.Normal(data.centres, data.std.expand_as(data.centres)), 1))
+    assert_close(metrics.log_density(data, y[:1000]), reference.log_prob(y[:1000]).mean())
+    assert metrics.covariance_distance(x, y) < 0.02
+    assert 0.25 < metrics.log_density(data, y) - metrics.log_density(data, x) < 0.45
 
 
 def test_floor_of_the_mean_distance_is_its_closed_form():
