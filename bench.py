@@ -9,6 +9,7 @@ median counts. Peak memory is the process's resident set on a CPU and torch's al
 import argparse
 import resource
 import statistics
+import sys
 import time
 
 import torch
@@ -43,7 +44,7 @@ def plain_model(width):
 
 def seconds(function, device):
     """Wall time of one call, with the device's queue empty before and after."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     synchronize()
     start = time.perf_counter()
     function()
@@ -68,7 +69,7 @@ def main(argv=None):
     ours, plain = train.build_model(config).to(device), plain_model(args.width).to(device)
     our_optimizer = train.build_optimizer(ours, config)
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
-    loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True)
+    loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True, drop_last=True)
     data = data.to(device)
 
     our_times, plain_times = [], []
@@ -90,7 +91,7 @@ def main(argv=None):
     flop = 2 * n * sum(p.numel() for p in ours.parameters() if p.ndim == 2)
     print(f"sampling    {n} points {1e3 * step:6.2f} ms/step {flop / step / 1e9:7.1f} GFLOP/s")
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
-        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"memory      {peak / 2**20:.0f} MiB at the peak")
 
 

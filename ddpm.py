@@ -1,6 +1,7 @@
 r"""The diffusion process: noise schedules, forward process, posterior, ancestral sampling (thesis 3.1.1, 3.1.2).
 
-Read this first, then `targets.py` (what the network predicts) and `losses.py` (how its errors are weighed).
+Read this first, then `targets.py` (what the network predicts) and `losses.py` (how its errors are weighed). Equation
+numbers are the thesis's; VDM is *Demystifying Variational Diffusion Models* (Ribeiro and Glocker 2024).
 
 A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sigma^2), strictly decreasing in t in
 [0, 1]. Everything else follows from it. Times are tensors of shape (B,) or (), data are (B, ...); every function works
@@ -130,7 +131,7 @@ def ancestral_sample(model, shape, steps, *, target, schedule, t_min=1e-3, gener
     r"""Draw samples with p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), in `steps` network evaluations.
 
     model(z, t) -> prediction of `target`, with z (B, ...) and the true time t (B,), however few the steps. The grid is
-    t_i = t_min + (1 - 2 t_min) i / steps: down from 1 - t_min, the thesis's i / T but for the ends. The first z has the
+    t_i = t_min + (1 - 2 t_min) i / steps, the thesis's i / T squeezed into [t_min, 1 - t_min]. The first z has the
     variance that standardised data have there, alpha^2 + sigma^2. The last step adds no noise: it returns its x_hat.
     Draws on the generator's device. Returns (B, ...) of `shape`. Raises ValueError if steps < 1.
     """

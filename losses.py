@@ -1,4 +1,4 @@
-r"""How errors are weighed: weighted loss, rescaled loss, NELBO (thesis 3.13 - 3.64, Table 3.2).
+r"""How errors are weighed: weighted loss, rescaled loss, NELBO (Eq. 3.13 - 3.64, Table 3.2).
 
 Read `ddpm.py` and `targets.py` first. A loss is one weight as a function of t for each target:
 
@@ -93,7 +93,7 @@ def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stab
 
     x, eps (B, ...), i (B,) integers in 1..steps, uniform. The mean over the batch estimates L_T / D in nats per
     dimension on the grid t_i = t_min + (1 - 2 t_min) i / T, and tends to (1 - 2 t_min) times the mean of the
-    continuous `nelbo` loss as T grows (VDM 3.111). Written on the error of eps_hat, as VDM A.37.
+    continuous `nelbo` loss as T grows, from above, Eq. (3.19) - (3.20). Written on the error of eps_hat, as VDM A.37.
     """
     s = t_min + (1 - 2 * t_min) * (i.to(x) - 1) / steps
     t = t_min + (1 - 2 * t_min) * i.to(x) / steps
@@ -105,10 +105,10 @@ def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stab
 
 
 def sample_t(shape, t_min=1e-3, generator=None, dtype=torch.float32):
-    """Draw t ~ U(t_min, 1 - t_min), stratified over the batch: one uniform draw u, t_i from (u + i / B) mod 1 (VDM).
+    """Draw t ~ U(t_min, 1 - t_min), stratified over the batch: one uniform draw u, t_i from (u + i / B) mod 1.
 
     Shape (B,), or (..., B) for independent batches. Each t alone is uniform, and together those of a batch cover the
-    range evenly: the loss has the same mean and less variance.
+    range evenly: the loss has the same mean and less variance (Kingma et al. 2021).
     """
     device = generator.device if generator is not None else "cpu"
     u = torch.rand((*shape[:-1], 1), generator=generator, device=device, dtype=dtype)

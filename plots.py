@@ -30,7 +30,7 @@ def scatter(panels, path, points=5000):
 def loss_curve(history, config, optimum, path):
     """Train and test loss over epochs with the optimum as a dashed line. history: dicts of a run's metrics.jsonl."""
     fig, ax = plt.subplots(figsize=(5, 3.5))
-    epochs, colour = [h["epoch"] for h in history], COLOURS[config["target"]]
+    epochs, colour = [h["epoch"] for h in history], COLOURS.get(config["target"], "black")
     ax.plot(epochs, [h["train_loss"] for h in history], color=colour, alpha=0.4, label="train")
     ax.plot(epochs, [h["test_loss"] for h in history], color=colour, label="test")
     ax.axhline(optimum, color="black", linestyle="--", linewidth=1, label="best possible")

@@ -32,20 +32,22 @@ def result(args, data, target, seed, steps):
     """metrics.json of one run's samples as a dict; trains and samples if that has not been done since."""
     folder = Path(args.runs) / f"{data}-{target}-mse-s{seed}"
     ckpt, out = folder / "ckpt.pt", folder / f"steps-{steps}"
-    if (out / "metrics.json").exists() and (out / "metrics.json").stat().st_mtime > ckpt.stat().st_mtime:
-        done = json.loads((out / "metrics.json").read_text())
+    metrics_json = out / "metrics.json"
+    if ckpt.exists() and metrics_json.exists() and metrics_json.stat().st_mtime >= ckpt.stat().st_mtime:
+        done = json.loads(metrics_json.read_text())
         if done["epochs_trained"] == args.epochs:
             return done
     train.main(["--data", data, "--target", target, "--loss", "mse", "--seed", str(seed), "--out", args.runs,
                 "--epochs", str(args.epochs), "--device", args.device, "--resume"])
     sample.main(["--ckpt", str(folder), "--steps", str(steps), "--seed", str(seed), "--out", str(out),
                  "--device", args.device])
-    return json.loads((out / "metrics.json").read_text())
+    return json.loads(metrics_json.read_text())
 
 
 def cell(results, name):
+    """Mean and, of more than one seed, standard deviation (n - 1)."""
     values = [r[name] for r in results]
-    return f"{statistics.mean(values):.3f} +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+    return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def gap(results):
@@ -100,7 +102,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     lines = list(TABLES[args.table](args))
     device = run.device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
     lines += ["", f"`python reproduce.py {args.table} --seeds {args.seeds} --epochs {args.epochs}`, "
               f"torch {torch.__version__} on {name}. 10,000 samples against 50,000 points of the data; "
               "mean +- standard deviation over the seeds."]

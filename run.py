@@ -69,7 +69,8 @@ def load(path):
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SystemExit(f"cannot read {path}: it is damaged or not a checkpoint of this project, nothing in it was run "
                          f"({reason[0][:100]}) - train again or give another --ckpt") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    keys = {"config", "model", "optimizer", "history"}
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not keys <= checkpoint.keys():
         raise SystemExit(f"{path} is not a checkpoint of this project - make one with: python train.py")
     return checkpoint
 
@@ -83,13 +84,13 @@ def newest(root="runs"):
 
 
 def number(kind, low, high=float("inf")):
-    """An argparse type: a number of `kind` in [low, high]."""
+    """An argparse type: a finite number of `kind` in [low, high]."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        if not low <= value <= high:
+        if not low <= value <= high or value == float("inf"):
             bound = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value

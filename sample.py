@@ -79,4 +79,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run.script(main, "nothing was written")
+    run.script(main, "type the same command to draw again")

@@ -40,8 +40,6 @@ def determinant(target, alpha, sigma, stabiliser=0.0):
     return alpha * b - sigma * a
 
 
-
-
 def to_x(target, y, z, alpha, sigma, stabiliser=0.0):
     """x from the target (or x_hat from a prediction) y and z = alpha x + sigma eps; all broadcastable -> y's shape.
 
@@ -67,4 +65,4 @@ if __name__ == "__main__":
         a, b = coefficients(target, alpha, sigma)
         det = determinant(target, alpha, sigma)
         print(f"{target:4s}a                 {row(a)}\n    b                 {row(b)}")
-        print(f"    x error / y error {row(sigma / det)}\n    eps err / y error {row(alpha / det)}")
+        print(f"    x error / y error {row(-sigma / det)}\n    eps err / y error {row(alpha / det)}")

@@ -54,8 +54,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite starts it again: choose one")
-    if args.loss == "nelbo_stable" and args.target == "u":
-        parser.error("nelbo_stable has no weight for the target u: choose --loss nelbo")
+    try:
+        losses.weight(args.loss, args.target, torch.tensor([0.5]), SCHEDULES[args.schedule], args.stabiliser)
+    except ValueError as error:            # a loss that has no weight for this target
+        parser.error(str(error))
     return args
 
 
@@ -128,7 +130,8 @@ def main(argv=None):
         raise SystemExit(f"{folder} was trained with other settings - resume it with {' '.join(changed)}, "
                          "or start again with --overwrite")
     if args.overwrite:
-        ckpt.unlink(missing_ok=True)
+        for name in "ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.png", "metrics.json":
+            (folder / name).unlink(missing_ok=True)
     run.write(folder / "config.json", json.dumps(config, indent=2).encode())
 
     # Data live on the device as one tensor. Test points, times and noise are the same in every run.
@@ -181,4 +184,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run.script(main, "the finished epochs are kept; go on with the same command and --resume")
+    run.script(main, "the finished epochs are kept; go on with --resume, and without --overwrite")

@@ -1,6 +1,6 @@
 """Does a test notice? Change one line of a formula at a time and run the tests: each of these mutants must die.
 
-    python tests/mutants.py                # all, about 10 minutes on 2 cores
+    python tests/mutants.py                # all, about 15 minutes on 2 cores
     python tests/mutants.py losses.py      # those of one file
 
 Works on a copy of the project. Prints the survivors and exits with 1 if there are any, or if a line is not found once.
@@ -44,6 +44,9 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("ddpm.py", "(alphas[-1]**2 + sigmas[-1]**2).sqrt() * z", "sigmas[-1] * z"),
     ("ddpm.py", "    return x_hat\n", "    return z\n"),
     ("ddpm.py", "    if steps < 1:", "    if steps < 0:"),
+    ("ddpm.py", "return -torch.expm1(schedule.logsnr(t) - schedule.logsnr(s))",
+                "return 1 - torch.exp(schedule.logsnr(t) - schedule.logsnr(s))"),
+    ("ddpm.py", "torch.sin(math.pi / 2 * (1 - t)) * torch", "torch.cos(math.pi / 2 * t) * torch"),
     # The targets
     ("targets.py", '"x":   lambda alpha, sigma, d: (1.0, 0.0)', '"x":   lambda alpha, sigma, d: (-1.0, 0.0)'),
     ("targets.py", '"eps": lambda alpha, sigma, d: (0.0, 1.0)', '"eps": lambda alpha, sigma, d: (0.0, -1.0)'),
@@ -83,6 +86,10 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("losses.py", "torch.rand((*shape[:-1], 1)", "torch.rand((1,)"),
     ("losses.py", "det = targets.determinant(target, alpha, sigma, stabiliser)",
                   "det = targets.determinant(target, alpha, sigma)"),
+    ("losses.py", "torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))",
+                  "torch.exp(schedule.logsnr(s) - schedule.logsnr(t)) - 1"),
+    ("losses.py", "s = t_min + (1 - 2 * t_min)", "s = 1e-3 + (1 - 2e-3)"),
+    ("losses.py", "model(z, t), z, alpha, sigma, stabiliser)", "model(z, t), z, alpha, sigma)"),
     # The data
     ("datasets2d.py", "var = alpha**2 * data_var + sigma**2", "var = data_var + sigma**2"),
     ("datasets2d.py", "-0.5 * (d0 * d0 + d1 * d1)", "-1.0 * (d0 * d0 + d1 * d1)"),
@@ -97,6 +104,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("datasets2d.py", "torch.tensor([0.5, 0.0]", "torch.tensor([0.4, 0.0]"),
     ("datasets2d.py", "line(1.5 * math.pi, 4.5 * math.pi, n)", "line(1.5 * math.pi, 4 * math.pi, n)"),
     ("datasets2d.py", "torch.stack([u, u.sin() - 1], 1)", "torch.stack([u, u.cos() - 1], 1)"),
+    ("datasets2d.py", "noise = torch.randn(n, 2,", "noise = torch.randn(n, 1,"),
+    ("datasets2d.py", "size = max(1, 2**20 // len(centres))", "size = len(z)"),
     # The metrics
     ("metrics.py", "(len(x) - 1)", "len(x)"),
     ("metrics.py", "centred = x - x.mean(0)", "centred = x"),
@@ -114,6 +123,26 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("train.py", '        optimizer.load_state_dict(state["optimizer"])\n', ""),
     ("train.py", '    torch.manual_seed(args.seed)\n', ""),
     ("train.py", "if not (finite.all() and math.isfinite(test_loss)):", "if False:"),
+    ("train.py", "loss = losses.weighted_error(model(z, t), y, w).mean()",
+                 "loss = (losses.weighted_error(model(z, t), y, w * 0 + 1) * w.mean()).mean()"),
+    ("train.py", "torch.cat([losses.weighted_error(model(z, t), y, w) for",
+                 "torch.cat([losses.weighted_error(model(z, t), y, w * 0 + 1) for"),
+    ("train.py", 'loss=config["loss"], schedule', 'loss="mse", schedule'),
+    ("train.py", 'stabiliser=config["stabiliser"])', "stabiliser=0.0)"),
+    ("train.py", "SCHEDULES[args.schedule], args.stabiliser), *fixed)", "SCHEDULES[args.schedule]), *fixed)"),
+    ("train.py", 'sample_t((steps, batch_size), config["t_min"], g)', "sample_t((steps, batch_size), 1e-3, g)"),
+    ("train.py", "sample_t((POINTS,), args.t_min, g)", "sample_t((POINTS,), 1e-3, g)"),
+    ("train.py", 'run.generator("cpu", args.seed, "train")', 'run.generator("cpu", 0, "train")'),
+    ("train.py", "train_loss=step_losses.mean().item()", "train_loss=step_losses[-1].item()"),
+    ("train.py", 'history[-1]["seconds"] if history else 0.0', "0.0"),
+    ("train.py", "            (folder / name).unlink(missing_ok=True)\n", "            pass\n"),
+    ("sample.py", "metrics.floor(data, args.num_samples, len(real)", "metrics.floor(data, 10_000, len(real)"),
+    ("sample.py", 'state["history"][-1]["test_loss"]', 'state["history"][0]["test_loss"]'),
+    ("run.py", ", key=lambda path: path.stat().st_mtime", ""),
+    ("run.py", "digest[:8]", "digest[:1]"),
+    ("reproduce.py", "metrics_json.stat().st_mtime >= ckpt", "metrics_json.stat().st_mtime < ckpt"),
+    ("reproduce.py", 'if done["epochs_trained"] == args.epochs:', "if True:"),
+    ("reproduce.py", 'r["log_density"] - r["log_density_data"]', 'r["log_density_data"] - r["log_density"]'),
     ("sample.py", 'stabiliser=config["stabiliser"])', "stabiliser=0.0)"),
     ("sample.py", 't_min=config["t_min"]', "t_min=1e-3"),
     ("sample.py", 'ddpm.SCHEDULES[config["schedule"]]', 'ddpm.SCHEDULES["cosine"]'),

@@ -62,8 +62,12 @@ def test_each_point_has_its_own_alpha_and_sigma(name):
 
 def test_chunks_change_nothing():
     data, z = DATASETS["rings"], torch.randn(1500, 2, dtype=F64)          # three chunks of 524
+    t = torch.rand(1500, dtype=F64)
+    alpha, sigma = t.cos(), t.sin()
+    assert [len(chunk[0]) for chunk in data._chunks(z, alpha, sigma)] == [524, 524, 452]
     for function in data.log_prob, data.score, data.denoise:
-        assert_close(function(z, 0.8, 0.6), torch.cat([function(row[None], 0.8, 0.6) for row in z]))
+        rows = torch.cat([function(z[i:i + 1], alpha[i], sigma[i]) for i in range(1500)])
+        assert_close(function(z, alpha, sigma), rows)
 
 
 @pytest.mark.parametrize("name", ["clusters", "waves"])
@@ -115,6 +119,22 @@ def test_standardised_exactly(name):
     assert x.shape == (200_000, 2)
     assert_close(x.mean(0), torch.zeros(2, dtype=F64), atol=0.01, rtol=0)
     assert_close(x.var(0), torch.ones(2, dtype=F64), atol=0.01, rtol=0)
+
+
+def test_noise_is_independent_and_equal_on_both_axes():
+    data = DATASETS["clusters"]
+    x = data.sample(100_000, torch.Generator().manual_seed(0), dtype=F64)
+    noise = (x - data.centres[torch.cdist(x, data.centres).argmin(1)]) / data.std
+    assert_close(torch.cov(noise.T), torch.eye(2, dtype=F64), atol=0.02, rtol=0)
+    share = torch.cdist(x, data.centres).argmin(1).bincount() / 100_000
+    assert_close(share, torch.full((4,), 0.25), atol=0.01, rtol=0)
+
+
+def test_centres_on_a_curve_are_a_fraction_of_the_noise_apart():
+    for name in "rings", "swiss_roll", "waves":
+        data = DATASETS[name]
+        gaps = (data.centres.diff(dim=0) / data.std).norm(dim=1)
+        assert len(data.centres) == 2000 and gaps.sort().values[:-1].max() < 0.14     # the largest joins two curves
 
 
 def test_shapes_are_the_described_ones():

@@ -63,6 +63,15 @@ def test_float32_is_right_at_both_ends(name):
     assert_close(single.to(F64), double, rtol=2e-3, atol=0)
 
 
+def test_two_nearly_equal_snrs_do_not_cancel_in_float32():
+    """1 - SNR(t) / SNR(s) = 1e-6 by expm1; one minus an exponential, or a difference of variances, is off by 5 %."""
+    schedule = ddpm.Schedule(lambda t: -1e-6 * t, lambda t: torch.full_like(t, -1e-6))
+    s, t = torch.tensor([0.0]), torch.tensor([1.0])
+    assert_close(ddpm.var_ts(s, t, schedule), torch.tensor([0.5e-6]), rtol=1e-5, atol=0)
+    _, var = ddpm.posterior(torch.zeros(1, 2), torch.zeros(1, 2), s, t, schedule)
+    assert_close(var, torch.tensor([[0.5e-6]]), rtol=1e-5, atol=0)
+
+
 def test_cosine_log_snr_is_13_at_t_min_and_infinite_at_the_ends():
     schedule = SCHEDULES["cosine"]
     assert_close(schedule.logsnr(torch.tensor([1e-3, 0.999], dtype=F64)), torch.tensor([12.912, -12.912], dtype=F64),
@@ -71,6 +80,14 @@ def test_cosine_log_snr_is_13_at_t_min_and_infinite_at_the_ends():
         ends = torch.tensor([0.0, 1.0], dtype=dtype)
         assert schedule.logsnr(ends).tolist() == [math.inf, -math.inf]
         assert schedule.alpha(ends).tolist() == [1, 0] and schedule.sigma(ends).tolist() == [0, 1]
+
+
+def test_cosine_is_right_in_float32_next_to_t_1():
+    """cos(pi t / 2) loses its digits there, sin(pi (1 - t) / 2) does not."""
+    t = torch.tensor([0.9999, 0.99999])
+    for value in "logsnr", "dlogsnr", "alpha":
+        function = getattr(SCHEDULES["cosine"], value)
+        assert_close(function(t).to(F64), function(t.to(F64)), rtol=2e-6, atol=0)
 
 
 @every_schedule
@@ -193,5 +210,12 @@ def test_ancestral_sampling_repeats_with_its_seed_and_refuses_zero_steps():
         generator=torch.Generator().manual_seed(seed))
     assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
     assert sample(1).shape == (4, 2) and sample(1).dtype == torch.float32
+    seen = []
+    model = lambda z, t: seen.append((z, t)) or torch.zeros_like(z)
+    samples = ddpm.ancestral_sample(model, (4, 2), 3, target="x", schedule=SCHEDULES["cosine"], dtype=F64)
+    assert samples.dtype == F64 and all(z.dtype == F64 and t.dtype == F64 for z, t in seen)
+    assert_close(seen[0][1], torch.full((4,), 0.999, dtype=F64))
+    scale = SCHEDULES["cosine"].alpha(seen[0][1][0])**2 + SCHEDULES["cosine"].sigma(seen[0][1][0])**2
+    assert (seen[0][0] / scale.sqrt() != (seen[0][0] / scale.sqrt()).float()).any()        # noise drawn in float64
     with pytest.raises(ValueError, match="at least 1"):
         sample(1, steps=0)

@@ -49,5 +49,11 @@ def test_floor_of_the_mean_distance_is_its_closed_form():
     mean, std = floor["mean_distance"]
     assert abs(mean / (scale * math.sqrt(math.pi / 2)) - 1) < 0.1
     assert abs(std / (scale * math.sqrt(2 - math.pi / 2)) - 1) < 0.15
+    values = [metrics.floor(DATASETS["clusters"], 10, 20, 2, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert values[0] == values[1]                                      # a function of the generator alone
+    g = torch.Generator().manual_seed(1)
+    a, b = (metrics.mean_distance(DATASETS["clusters"].sample(10, g), DATASETS["clusters"].sample(20, g)).item()
+            for _ in range(2))
+    assert_close(torch.tensor(values[0]["mean_distance"]), torch.tensor([(a + b) / 2, abs(a - b) / math.sqrt(2)]))
     mean, std = floor["covariance_distance"]
     assert 0.02 < mean < 0.06 and 0 < std < mean

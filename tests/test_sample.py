@@ -13,6 +13,7 @@ import torch
 import ddpm
 import metrics
 import mlp
+import plots
 import run
 import sample
 import train
@@ -45,6 +46,10 @@ def test_samples_and_distances(trained, tmp_path, capsys):
         assert result[name] < 0.2 and 0 < result[f"{name}_floor"]["mean"] < 0.05
     for key, points in ("log_density", torch.from_numpy(samples)), ("log_density_data", real):
         assert abs(result[key] - DATASETS["clusters"].log_prob(points).mean().item()) < 1e-5
+    floor = metrics.floor(DATASETS["clusters"], 5000, 50_000, generator=run.generator("cpu", "floor"))
+    assert (result["mean_distance_floor"]["mean"], result["mean_distance_floor"]["std"]) == floor["mean_distance"]
+    last = run.load(trained)["history"][-1]
+    assert (result["test_loss"], result["optimum"]) == (last["test_loss"], last["optimum"])
     assert (result["steps"], result["num_samples"], result["target"], result["epochs_trained"]) == (50, 5000, "v", 5)
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
@@ -64,7 +69,7 @@ def test_sampling_is_the_checkpoints_own_model_schedule_and_target(tmp_path):
 
 
 def test_the_newest_run_is_the_default_and_its_folder_the_output(trained, capsys, monkeypatch):
-    older = trained.parent / "clusters-eps-mse-s9"
+    older = trained.parent / "waves-eps-mse-s9"
     older.mkdir()
     (older / "ckpt.pt").write_bytes(b"")
     os.utime(older / "ckpt.pt", (0, 0))
@@ -106,7 +111,7 @@ def test_a_damaged_or_dangerous_checkpoint_is_one_sentence(trained, tmp_path, ki
 
 
 def test_a_checkpoint_of_another_project_is_one_sentence(tmp_path):
-    for foreign in {"model": {}, "config": {"target": "eps"}}, [1, 2], torch.zeros(3):
+    for foreign in {"model": {}, "config": {"target": "eps"}}, {"format": run.FORMAT}, [1, 2], torch.zeros(3):
         torch.save(foreign, tmp_path / "ckpt.pt")
         with pytest.raises(SystemExit, match="not a checkpoint of this project - make one with"):
             draw(tmp_path / "ckpt.pt")
@@ -135,6 +140,17 @@ def test_a_full_disk_keeps_the_old_samples(trained, tmp_path):
     with pytest.raises(SystemExit, match="cannot write .*samples.npy: No space left on device"):
         draw(trained, "--steps", "2", "--num-samples", "10", "--out", str(tmp_path))
     assert (tmp_path / "samples.npy").read_bytes() == before
+
+
+def test_defaults_and_what_the_picture_shows(trained, tmp_path, monkeypatch):
+    args = sample.parse([])
+    assert (args.ckpt, args.steps, args.num_samples, args.seed, args.out) == (None, 512, 10_000, 0, None)
+    shown = {}
+    monkeypatch.setattr(plots, "scatter", lambda panels, path: shown.update(panels))
+    draw(trained, "--steps", "2", "--num-samples", "50", "--out", str(tmp_path))
+    assert torch.equal(shown["clusters, data"], train.test_set("clusters"))
+    assert np.array_equal(shown["v, mse, 2 steps"].numpy(), np.load(tmp_path / "samples.npy"))
+    assert plots.plt.get_fignums() == []
 
 
 def test_exit_codes_from_a_shell(tmp_path):

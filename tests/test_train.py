@@ -1,5 +1,7 @@
 """Training end to end: files, paired draws, exact resume after a kill, and mistakes that end in one sentence."""
+import copy
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +16,9 @@ import torch
 import losses
 import run
 import train
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+from targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--data", "clusters", "--epochs", "2", "--batch-size", "5000", "--width", "16", "--device", "cpu"]
@@ -74,6 +79,7 @@ def test_draws_are_the_same_for_every_target_and_loss_and_differ_between_seeds(t
     assert all(torch.equal(a, b) for one, two in zip(first, second) for a, b in zip(one, two))
     assert all(torch.equal(a, b) for a, b in zip(first[0], other[0]))      # one test set, its noise fixed
     assert not any(torch.equal(a, b) for a, b in zip(first[1], other[1]))
+    assert sorted(first[1][0].tolist()) != sorted(other[1][0].tolist())    # a seed has its own training points
     assert not any(torch.equal(a, b) for a, b in zip(first[1], first[2]))  # epochs differ too
     assert sorted(first[1][0].tolist()) == sorted(first[2][0].tolist())    # in the order of the same points
     t = first[1][1].view(10, 5000).sort(1).values.diff(dim=1)
@@ -81,9 +87,106 @@ def test_draws_are_the_same_for_every_target_and_loss_and_differ_between_seeds(t
 
 
 def test_same_initial_weights_for_every_target(tmp_path):
-    for target in "eps", "v":
-        fit(tmp_path, "--target", target, "--lr", "0")
-    assert_same(weights(tmp_path / "clusters-eps-mse-s0"), weights(tmp_path / "clusters-v-mse-s0"))
+    for target, seed in ("eps", "0"), ("v", "0"), ("eps", "1"):
+        fit(tmp_path, "--target", target, "--lr", "0", "--seed", seed)
+    first, second, other = (weights(tmp_path / f"clusters-{name}") for name in ("eps-mse-s0", "v-mse-s0", "eps-mse-s1"))
+    assert_same(first, second)
+    assert not torch.equal(first["layers.3.weight"], other["layers.3.weight"])
+
+
+HARD = ["--target", "s", "--loss", "nelbo", "--schedule", "ve", "--t-min", "0.05", "--stabiliser", "0.02"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every (x, t, eps) that training asks the regression of."""
+    calls, original = [], losses.regression
+    monkeypatch.setattr(losses, "regression", lambda *draws, **kw: calls.append(draws) or original(*draws, **kw))
+    return calls
+
+
+def test_an_epoch_is_the_loop_written_by_hand(drawn):
+    """Steps of plain gradient descent on losses.loss, batch by batch: every setting of the config counts."""
+    config = vars(train.parse([*FAST, *HARD, "--lr", "0.01"]))
+    data = DATASETS["clusters"].sample(22_000, torch.Generator().manual_seed(0))
+    model = train.build_model(config)
+    by_hand = copy.deepcopy(model)
+    step_losses = train.train_epoch(model, torch.optim.SGD(model.parameters(), lr=1.0), data, 1, config)
+    (x, t, eps), expected = drawn[0], []
+    assert len(x) == 20_000 and t.min() >= 0.05 and t.max() <= 0.95
+    for i in range(4):
+        part = slice(5000 * i, 5000 * (i + 1))
+        value = losses.loss(by_hand, x[part], t[part], eps[part], target="s", loss="nelbo", schedule=SCHEDULES["ve"],
+                            stabiliser=0.02).mean()
+        expected.append(value.item())
+        gradients = torch.autograd.grad(value, list(by_hand.parameters()))
+        rate = 0.01 * 0.5 * (1 + math.cos(math.pi * (4 + i) / 8))
+        with torch.no_grad():
+            for p, gradient in zip(by_hand.parameters(), gradients):
+                p -= rate * gradient
+    torch.testing.assert_close(step_losses, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    for p, q in zip(model.parameters(), by_hand.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
+
+
+def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, drawn):
+    fit(tmp_path, *HARD, "--epochs", "1")
+    x, t, eps = drawn[0]
+    assert torch.equal(x, train.test_set("clusters")) and t.min() >= 0.05
+    setting = dict(target="s", loss="nelbo", schedule=SCHEDULES["ve"], stabiliser=0.02)
+    state = run.load(tmp_path / "clusters-s-nelbo-s0")
+    model = train.build_model(state["config"])
+    model.load_state_dict(state["model"])
+    best = DATASETS["clusters"].optimal_model("s", SCHEDULES["ve"], 0.02)
+    for key, network in ("test_loss", model), ("optimum", best):
+        value = losses.loss(network, x, t, eps, **setting).mean().item()
+        assert abs(state["history"][0][key] / value - 1) < 1e-4
+    grad = []
+    train.evaluate(lambda z, t: grad.append(torch.is_grad_enabled()) or z, x, t, x, t)
+    assert grad == 10 * [False]
+
+
+def test_defaults_are_the_documented_ones():
+    args = vars(train.parse([]))
+    assert args == dict(data="rings", target="eps", loss="mse", schedule="cosine", t_min=1e-3, stabiliser=0.0, epochs=100,
+                        batch_size=512, lr=1e-3, width=128, seed=0, device="auto", out="runs", resume=False,
+                        overwrite=False)
+    optimizer = train.build_optimizer(train.build_model(args), args)
+    assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["betas"] == (0.9, 0.999)
+    assert train.parse(["--batch-size", "50000"]).batch_size == 50_000
+
+
+def test_history_says_what_happened(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: torch.tensor([1.0, 3.0]))
+    fit(tmp_path, "--epochs", "1")
+    folder = tmp_path / "clusters-eps-mse-s0"
+    assert run.load(folder)["history"][0]["train_loss"] == 2
+    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: torch.tensor([1.0, 1.0, float("nan"), 1.0]))
+    with pytest.raises(SystemExit, match="from step 2 on"):
+        fit(tmp_path, "--overwrite")
+    assert [p.name for p in folder.iterdir()] == ["config.json"]      # --overwrite removed the old run
+    monkeypatch.undo()
+    original = train.evaluate
+    values = iter([0.3, float("nan")])                                # the optimum, then the test loss
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(values))
+    with pytest.raises(SystemExit, match="not finite from step 10 on"):
+        fit(tmp_path)
+    monkeypatch.setattr(train, "evaluate", original)
+
+
+def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
+    fit(tmp_path / "a", "--epochs", "2")
+    folder = tmp_path / "a" / "clusters-eps-mse-s0"
+    state = run.load(folder)
+    assert state["config"].keys() == vars(train.parse([])).keys() - {"out", "device", "resume", "overwrite"}
+    state["history"] = state["history"][:1]
+    state["history"][0]["seconds"] = 1000.0
+    run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt
+    (tmp_path / "a").rename(tmp_path / "b")
+    fit(tmp_path / "b", "--epochs", "2", "--resume", "--device", "auto")
+    folder = tmp_path / "b" / "clusters-eps-mse-s0"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == run.load(folder)["history"] and len(lines) == 2 and lines[1]["seconds"] > 1000
 
 
 def test_learning_rate_decays_as_a_cosine(tmp_path, monkeypatch):
@@ -194,7 +297,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "moons"], "invalid choice"),
     (["--epochs", "0"], "must be at least 1"), (["--epochs", "two"], "'two' is not a whole number"),
     (["--batch-size", "60000"], r"must be in \[1, 50000\]"), (["--t-min", "0.7"], "must be in"),
-    (["--lr", "nan"], "must be at least 0"), (["--seed", "-1"], "must be at least 0"),
+    (["--lr", "nan"], "must be at least 0"), (["--lr", "inf"], "must be at least 0"), (["--seed", "-1"], "must be at least 0"),
     (["--resume", "--overwrite"], "choose one"), (["--target", "u", "--loss", "nelbo_stable"], "no weight")])
 def test_wrong_arguments_exit_with_2_and_one_sentence(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
@@ -217,3 +320,30 @@ def test_generators_are_functions_of_the_whole_key():
     keys = [(0, "noise", 0), (0, "noise", 1), (1, "noise", 0), (0, "order", 0), (2**32, "noise", 0), (0, "noise")]
     assert draw(*keys[0]) == draw(*keys[0])
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+    assert len({run.generator("cpu", 0, i).initial_seed() for i in range(1000)}) == 1000
+
+
+def test_a_new_target_needs_its_row_only(tmp_path, monkeypatch):
+    """As the README says; a weight that it lacks is one sentence."""
+    monkeypatch.setitem(TARGETS, "f", lambda alpha, sigma, d: (-alpha, sigma))
+    fit(tmp_path, "--target", "f")
+    assert (tmp_path / "clusters-f-mse-s0" / "loss.png").exists()
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, "--target", "f", "--loss", "nelbo_stable")
+    assert stop.value.code == 2
+
+
+def test_a_new_loss_needs_its_function_only(tmp_path, monkeypatch):
+    def min_snr(target, alpha, sigma, det, dlogsnr):
+        return torch.clamp((alpha / sigma)**2, max=5) * (sigma / det)**2
+    monkeypatch.setitem(losses.LOSSES, "min_snr", min_snr)
+    fit(tmp_path, "--loss", "min_snr")
+    assert run.load(tmp_path / "clusters-eps-min_snr-s0")["config"]["loss"] == "min_snr"
+
+
+def test_ctrl_c_is_exit_code_130_and_one_sentence(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        run.script(main, "go on")
+    assert stop.value.code == 130 and capsys.readouterr().err == "\nstopped - go on\n"
