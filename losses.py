@@ -25,13 +25,19 @@ def mse(target, alpha, sigma, det, dlogsnr):
 
 
 def rescaled(target, alpha, sigma, det, dlogsnr):
-    """Rescaled loss, the error of x_hat whatever is predicted: Eq. (3.62) - (3.64)."""
+    """Rescaled loss, the error of x_hat whatever is predicted: Eq. (3.62) - (3.64).
+
+    (sigma / det)^2 is 1 for x, sigma^2 / alpha^2 for eps, sigma^2 for v (alpha^2 + sigma^2 = 1), sigma^4 / alpha^2 for s.
+    """
     return (sigma / det)**2
 
 
 def nelbo(target, alpha, sigma, det, dlogsnr):
     """NELBO: -1/2 SNR'(t) on the error of x_hat, Eq. (3.20), which is -1/2 dlogsnr/dt on that of eps_hat, Eq. (3.26).
 
+    One line for every row of Table 3.2, since det is -sigma for x, alpha for eps, alpha^2 + sigma^2 for v and
+    -alpha / sigma for s: -1/2 times SNR' (x), SNR' / SNR (eps, 3.26), sigma^2 / (alpha^2 + sigma^2) SNR' (v, 3.60, where
+    alpha^2 + sigma^2 = 1) and sigma^4 / alpha^2 SNR' (s, 3.51).
     In nats. With the 1/2 that the thesis drops from Eq. (3.21) on: ERRATA.md entry 3.
     """
     return -0.5 * dlogsnr * (alpha / det)**2
