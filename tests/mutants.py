@@ -37,7 +37,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("ddpm.py", "t_min + (1 - 2 * t_min) * torch.arange(steps + 1", "t_min + (1 - t_min) * torch.arange(steps + 1"),
     ("ddpm.py", "model(z, times[i].expand", "model(z, times[i - 1].expand"),
     ("ddpm.py", "prediction, z, alphas[i], sigmas[i]", "prediction, z, alphas[i - 1], sigmas[i - 1]"),
-    ("ddpm.py", "        if i > 1:", "        if i > 0:"),
+    ("ddpm.py", "    return x_hat\n", "    return x_hat + sigmas[0] * torch.randn_like(x_hat)\n"),   # noise at the last step
+    ("ddpm.py", "    return x_hat\n", "    return mean\n"),
     ("ddpm.py", "posterior(z, x_hat, times[i - 1], times[i], schedule)",
                 "posterior(z, x_hat, times[max(i - 2, 0)], times[i], schedule)"),
     ("ddpm.py", "mean + var.sqrt() *", "mean + var *"),

@@ -193,6 +193,17 @@ def test_ancestral_sampling_tells_the_network_the_true_t_and_adds_no_noise_at_th
     assert_close(samples, torch.full_like(samples, 0.25), rtol=1e-12, atol=0)
 
 
+@every_schedule
+def test_ancestral_sampling_starts_with_the_variance_of_standardised_data(name):
+    """sqrt(alpha^2 + sigma^2), not sigma: for the exploding schedule they differ by 2e-4."""
+    seen, seed = [], lambda: torch.Generator().manual_seed(5)
+    ddpm.ancestral_sample(lambda z, t: seen.append(z) or z, (6, 2), 1, target="x", schedule=SCHEDULES[name],
+                          generator=seed(), dtype=F64)
+    alpha, sigma = alpha_sigma(name, torch.tensor([0.999], dtype=F64))
+    expected = (alpha**2 + sigma**2).sqrt() * torch.randn(6, 2, generator=seed(), dtype=F64)
+    assert_close(seen[0], expected, rtol=1e-7, atol=0)
+
+
 def test_ancestral_sampling_inverts_the_target_it_is_given():
     """The same denoiser, spoken as x, eps, v, stabilised s and u, draws the same samples."""
     from datasets2d import DATASETS
