@@ -7,6 +7,7 @@ RUN = .venv/bin/python
 demo: .venv/.installed
 	$(RUN) train.py --data rings --target eps --loss mse --resume
 	$(RUN) sample.py --ckpt runs/rings-eps-mse-s0 --steps 512
+	@echo "To go on by hand: source .venv/bin/activate"
 
 test: .venv/.installed
 	$(RUN) -m pytest -q

@@ -43,7 +43,7 @@ def plain_model(width):
 
 
 def network_epoch(model, data, config):
-    """Forward and backward of the network alone, at as many steps as an epoch: no loop can be faster."""
+    """Forward and backward of the network alone, at as many steps as an epoch: the floor of eager loops."""
     for x in data.split(config["batch_size"])[:len(data) // config["batch_size"]]:
         model.zero_grad()
         model(x, x[:, 0]).sum().backward()

@@ -35,10 +35,12 @@ def rescaled(target, alpha, sigma, det, dlogsnr):
 def nelbo(target, alpha, sigma, det, dlogsnr):
     """NELBO: -1/2 SNR'(t) on the error of x_hat, Eq. (3.20), which is -1/2 dlogsnr/dt on that of eps_hat, Eq. (3.26).
 
-    One line for every row of Table 3.2, since det is -sigma for x, alpha for eps, alpha^2 + sigma^2 for v and
-    -alpha / sigma for s: -1/2 times SNR' (x), SNR' / SNR (eps, 3.26), sigma^2 / (alpha^2 + sigma^2) SNR' (v, 3.60, where
-    alpha^2 + sigma^2 = 1) and sigma^4 / alpha^2 SNR' (s, 3.51).
-    In nats. With the 1/2 that the thesis drops from Eq. (3.21) on: ERRATA.md entry 3.
+    SNR' = SNR dlogsnr and alpha^2 = SNR sigma^2, so this is -1/2 SNR' (sigma / det)^2. The rows of Table 3.2, which are
+    twice this (ERRATA.md entry 3), for alpha^2 + sigma^2 = 1:
+        x    det = -sigma           -SNR'                      (3.21)
+        eps  det = alpha            -SNR' / SNR                (3.26)
+        s    det = -alpha / sigma   -SNR' sigma^4 / alpha^2    (3.51)
+        v    det = 1                -SNR' sigma^2              (3.60)
     """
     return -0.5 * dlogsnr * (alpha / det)**2
 

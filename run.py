@@ -65,10 +65,9 @@ def load(path):
         raise SystemExit(f"no checkpoint at {path} - train one first: python train.py --target eps --loss mse")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:         # torch raises many kinds for a damaged or foreign file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise SystemExit(f"cannot read {path}: it is damaged or not a checkpoint of this project, nothing in it was run "
-                         f"({reason[0][:100]}) - train again or give another --ckpt") from None
+    except Exception:                  # torch raises many kinds for a damaged or foreign file
+        raise SystemExit(f"cannot read {path}: it is damaged or not a checkpoint of this project, nothing in it was run - "
+                         "train again with --overwrite or choose another") from None
     keys = {"config", "model", "optimizer", "history"}
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not keys <= checkpoint.keys():
         raise SystemExit(f"{path} is not a checkpoint of this project - make one with: python train.py")

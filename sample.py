@@ -22,6 +22,7 @@ import plots
 import run
 import train
 from datasets2d import DATASETS
+from targets import TARGETS
 
 
 def parse(argv):
@@ -30,7 +31,7 @@ def parse(argv):
     parser.add_argument("--ckpt", help="folder of a run, or its ckpt.pt (the newest run in runs/)")
     parser.add_argument("--steps", type=run.number(int, 1), default=512, help="network evaluations (512)")
     parser.add_argument("--num-samples", type=run.number(int, 2), default=10_000, help="(10000)")
-    parser.add_argument("--seed", type=run.number(int, 0), default=0, help="of the sampling noise (0)")
+    parser.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of the sampling noise (0)")
     parser.add_argument("--out", help="folder for the three files (the run's folder)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     return parser.parse_args(argv)
@@ -42,6 +43,10 @@ def main(argv=None):
     ckpt = Path(args.ckpt) if args.ckpt else run.newest()
     state = run.load(ckpt)
     config = state["config"]
+    for key, table in ("data", DATASETS), ("target", TARGETS), ("schedule", ddpm.SCHEDULES):
+        if config[key] not in table:
+            raise SystemExit(f"{ckpt} was trained with --{key} {config[key]}, which this code does not have - put its row "
+                             "back, or give another --ckpt")
     model = train.build_model(config).to(device)
     model.load_state_dict(state["model"])
 

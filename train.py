@@ -45,7 +45,7 @@ def parse(argv):
     group.add_argument("--batch-size", type=run.number(int, 1, POINTS), default=512, help="(512)")
     group.add_argument("--lr", type=run.number(float, 0), default=1e-3, help="Adam's, decays to 0 as a cosine (0.001)")
     group.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers (128)")
-    group.add_argument("--seed", type=run.number(int, 0), default=0, help="of weights, data, batches and noise (0)")
+    group.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of weights, data, batches and noise (0)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("where the run goes")
     group.add_argument("--out", default="runs", help="folder of all runs (runs)")
@@ -122,13 +122,13 @@ def main(argv=None):
     ckpt = folder / "ckpt.pt"
 
     # A run is never silently overwritten, and never resumed with other settings.
-    if ckpt.exists() and not (args.resume or args.overwrite):
-        raise SystemExit(f"{folder} holds a run already - add --resume to go on with it or --overwrite to start again")
-    state = run.load(ckpt) if args.resume and ckpt.exists() else None
+    state = run.load(ckpt) if ckpt.exists() and not args.overwrite else None
     if state and state["config"] != config:
         changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["config"].items() if config.get(k) != v]
-        raise SystemExit(f"{folder} was trained with other settings - resume it with {' '.join(changed)}, "
-                         "or start again with --overwrite")
+        raise SystemExit(f"{folder} holds a run with other settings ({' '.join(changed)}) - keep both by giving this one "
+                         "another folder of runs, or start it again with train.py --overwrite")
+    if state and not args.resume:
+        raise SystemExit(f"{folder} holds this run already - add --resume to go on with it or --overwrite to start again")
     if args.overwrite:
         for name in "ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.png", "metrics.json":
             (folder / name).unlink(missing_ok=True)

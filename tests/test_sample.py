@@ -117,6 +117,14 @@ def test_a_checkpoint_of_another_project_is_one_sentence(tmp_path):
             draw(tmp_path / "ckpt.pt")
 
 
+def test_a_target_that_the_code_lost_is_one_sentence(trained, tmp_path):
+    state = run.load(trained)
+    state["config"]["target"] = "f"
+    run.save(tmp_path / "ckpt.pt", state)
+    with pytest.raises(SystemExit, match="trained with --target f, which this code does not have - put its row back"):
+        draw(tmp_path)
+
+
 def test_a_diverged_model_is_one_sentence(trained, tmp_path):
     state = run.load(trained)
     state["model"]["layers.6.bias"][:] = float("nan")

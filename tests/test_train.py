@@ -235,10 +235,11 @@ def test_a_run_is_never_silently_overwritten(tmp_path):
     fit(tmp_path)
     folder = tmp_path / "clusters-eps-mse-s0"
     before = (folder / "ckpt.pt").read_bytes()
-    with pytest.raises(SystemExit, match="add --resume to go on with it or --overwrite"):
+    with pytest.raises(SystemExit, match="holds this run already - add --resume to go on with it or --overwrite"):
         fit(tmp_path)
-    with pytest.raises(SystemExit, match="other settings - resume it with --width 16"):
-        fit(tmp_path, "--resume", "--width", "8")
+    for extra in [["--width", "8"], ["--width", "8", "--resume"]]:
+        with pytest.raises(SystemExit, match=r"other settings \(--width 16\) - keep both by giving this one another"):
+            fit(tmp_path, *extra)
     assert (folder / "ckpt.pt").read_bytes() == before
     fit(tmp_path, "--resume")                                        # finished: says so again, changes nothing
     assert_same(weights(folder), torch.load(folder / "ckpt.pt", weights_only=True)["model"])
@@ -297,7 +298,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "moons"], "invalid choice"),
     (["--epochs", "0"], "must be at least 1"), (["--epochs", "two"], "'two' is not a whole number"),
     (["--batch-size", "60000"], r"must be in \[1, 50000\]"), (["--t-min", "0.7"], "must be in"),
-    (["--lr", "nan"], "must be at least 0"), (["--lr", "inf"], "must be at least 0"), (["--seed", "-1"], "must be at least 0"),
+    (["--lr", "nan"], "must be at least 0"), (["--lr", "inf"], "must be at least 0"), (["--seed", "-1"], "must be in"), (["--seed", "9" * 20], "must be in"),
     (["--resume", "--overwrite"], "choose one"), (["--target", "u", "--loss", "nelbo_stable"], "no weight")])
 def test_wrong_arguments_exit_with_2_and_one_sentence(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
