@@ -129,10 +129,10 @@ def main(argv=None):
                          "another folder of runs, or start it again with train.py --overwrite")
     if state and not args.resume:
         raise SystemExit(f"{folder} holds this run already - add --resume to go on with it or --overwrite to start again")
+    run.write(folder / "config.json", json.dumps(config, indent=2).encode())   # before anything goes: a full disk stops here
     if args.overwrite:
         for name in "ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.png", "metrics.json":
             (folder / name).unlink(missing_ok=True)
-    run.write(folder / "config.json", json.dumps(config, indent=2).encode())
 
     # Data live on the device as one tensor. Test points, times and noise are the same in every run.
     dataset = DATASETS[args.data]

@@ -276,6 +276,16 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path):
     assert (folder / "ckpt.pt").read_bytes() == before and not (folder / "ckpt.pt.tmp").exists()
 
 
+def test_overwrite_on_a_full_disk_loses_nothing(tmp_path):
+    fit(tmp_path, "--epochs", "1")
+    folder = tmp_path / "clusters-eps-mse-s0"
+    before = (folder / "ckpt.pt").read_bytes()
+    (folder / "config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="cannot write .*config.json: No space left on device"):
+        fit(tmp_path, "--epochs", "1", "--overwrite")
+    assert (folder / "ckpt.pt").read_bytes() == before
+
+
 def test_a_full_disk_in_the_middle_of_training(tmp_path):
     """No file may grow over 100 kB: config.json fits, the first checkpoint does not."""
     script = ("import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
