@@ -134,20 +134,23 @@ def ancestral_sample(model, shape, steps, *, target, schedule, t_min=1e-3, gener
     t_i = t_min + (1 - 2 t_min) i / steps, the thesis's i / T squeezed into [t_min, 1 - t_min]. The first z has the
     variance that standardised data have there, alpha^2 + sigma^2. The last step adds no noise: it returns its x_hat.
     Draws on the generator's device. Returns (B, ...) of `shape`. Raises ValueError if steps < 1.
+    For a stack of M models `target` is a list of M names: all get the same draws, and it returns (M * B, ...).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     device = generator.device if generator is not None else "cpu"
     times = t_min + (1 - 2 * t_min) * torch.arange(steps + 1, device=device, dtype=dtype) / steps
     alphas, sigmas = schedule.alpha(times), schedule.sigma(times)
-    z = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    z = (alphas[-1]**2 + sigmas[-1]**2).sqrt() * z
+    names = [target] if isinstance(target, str) else target
+    noise = lambda: torch.cat([torch.randn(shape, generator=generator, device=device, dtype=dtype)] * len(names))
+    z = (alphas[-1]**2 + sigmas[-1]**2).sqrt() * noise()
     for i in range(steps, 0, -1):
-        prediction = model(z, times[i].expand(shape[0]))
-        x_hat = targets.to_x(target, prediction, z, alphas[i], sigmas[i], stabiliser)
+        predictions = model(z, times[i].expand(len(z))).chunk(len(names))
+        x_hat = torch.cat([targets.to_x(name, y, z, alphas[i], sigmas[i], stabiliser)
+                           for name, y, z in zip(names, predictions, z.chunk(len(names)))])
         if i > 1:
             mean, var = posterior(z, x_hat, times[i - 1], times[i], schedule)
-            z = mean + var.sqrt() * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            z = mean + var.sqrt() * noise()
     return x_hat
 
 

@@ -112,6 +112,13 @@ def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stab
     return weighted_error(eps_hat, eps, steps / 2 * snr_ratio_minus_1)
 
 
+def over_t(errors, t, t_min=1e-3, bins=20):
+    """Mean error in each of `bins` equal pieces of [t_min, 1 - t_min]: errors, t (..., n) -> (..., bins)."""
+    k = ((t - t_min) / (1 - 2 * t_min) * bins).long().clamp(0, bins - 1)
+    zeros = errors.new_zeros(*errors.shape[:-1], bins)
+    return zeros.scatter_add(-1, k, errors) / zeros.scatter_add(-1, k, torch.ones_like(errors))
+
+
 def sample_t(shape, t_min=1e-3, generator=None, dtype=torch.float32):
     """Draw t ~ U(t_min, 1 - t_min), stratified over the batch: one uniform draw u, t_i from (u + i / B) mod 1.
 

@@ -2,7 +2,7 @@
 
 Read `targets.py` first: the network predicts any of its rows, and nothing in it depends on which.
 
-Not here: the network for images.
+Not here: the network for images; why there can be several in one (`stack.py`).
 
     python mlp.py         # the layers and the number of parameters
 """
@@ -15,24 +15,32 @@ class MLP(nn.Module):
 
     schedule: divide z by sqrt(alpha^2 + sigma^2), its standard deviation for standardised data. That is 1 for every
     variance preserving schedule, and keeps the input of the variance exploding one (sigma up to 50) in range.
+    members: M independent networks in one, each weight with a leading dimension M. The B rows then come in M equal blocks,
+    one for each network, and a layer is one batched product.
     """
 
-    def __init__(self, dim=2, width=128, layers=7, schedule=None):
+    def __init__(self, dim=2, width=128, layers=7, schedule=None, members=1):
         super().__init__()
         sizes = [dim + 1] + [width] * (layers - 1) + [dim]
-        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:]))
+        rows = [[nn.Linear(n_in, n_out) for _ in range(members)] for n_in, n_out in zip(sizes, sizes[1:])]
+        self.weights = nn.ParameterList(torch.stack([layer.weight.detach() for layer in row]) for row in rows)
+        self.biases = nn.ParameterList(torch.stack([layer.bias.detach()[None] for layer in row]) for row in rows)
+        self.members = members
         self.schedule = None if schedule is None or schedule.variance_preserving else schedule
 
     def forward(self, z, t):
         if self.schedule is not None:
             z = z * (self.schedule.alpha(t)**2 + self.schedule.sigma(t)**2).rsqrt()[:, None]
-        h = torch.cat([z, t[:, None]], 1)                                                   # (B, dim + 1)
-        for layer in self.layers[:-1]:
-            h = layer(h).relu_()                                                            # (B, width)
-        return self.layers[-1](h)                                                           # (B, dim)
+        h = torch.cat([z, t[:, None]], 1).unflatten(0, (self.members, -1))                  # (M, B / M, dim + 1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            h = torch.baddbmm(bias, h, weight.mT)                                           # (M, B / M, width)
+            if i < len(self.weights) - 1:
+                h = h.relu_()
+        return h.flatten(0, 1)                                                              # (B, dim)
 
 
 if __name__ == "__main__":
     model = MLP()
-    print(model)
+    for weight, bias in zip(model.weights, model.biases):
+        print(f"{weight.shape[2]:4d} -> {weight.shape[1]:3d}   {weight.numel() + bias.numel():6,} parameters")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

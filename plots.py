@@ -27,13 +27,13 @@ def scatter(panels, path, points=5000):
     save(fig, path)
 
 
-def loss_curve(history, config, optimum, path):
+def loss_curve(history, config, path):
     """Train and test loss over epochs with the optimum as a dashed line. history: dicts of a run's metrics.jsonl."""
     fig, ax = plt.subplots(figsize=(5, 3.5))
     epochs, colour = [h["epoch"] for h in history], COLOURS.get(config["target"], "black")
     ax.plot(epochs, [h["train_loss"] for h in history], color=colour, alpha=0.4, label="train")
     ax.plot(epochs, [h["test_loss"] for h in history], color=colour, label="test")
-    ax.axhline(optimum, color="black", linestyle="--", linewidth=1, label="best possible")
+    ax.axhline(history[-1]["optimum"], color="black", linestyle="--", linewidth=1, label="best possible")
     ax.set(xlabel="epoch", ylabel=f"{config['loss']} of {config['target']}",
            title=f"{config['data']}, {config['target']}, {config['loss']}, seed {config['seed']}")
     ax.legend()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "diffusion-losses 1"        # written into every checkpoint
+FORMAT = "diffusion-losses 2"        # written into every checkpoint
 
 
 def generator(device, *key):

@@ -1,13 +1,17 @@
-"""Train one network on one target with one loss.
+"""Train networks on a target with a loss: one, or many at once.
 
     python train.py --target eps --loss mse                # the rings, 100 epochs, about a minute on a laptop
     python train.py --data waves --target v --loss nelbo --seed 1
+    python train.py --target x eps v s --loss mse nelbo --seeds 3     # all 24 combinations, as stacks
     python train.py --target eps --loss mse --resume       # goes on after a kill, ends in the same weights
 
 Writes runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json, metrics.jsonl and loss.png. Noise, times and
-batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws.
+batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws. Members of
+a stack (`stack.py`) end in the same weights as alone.
 """
 import argparse
+import functools
+import itertools
 import json
 import math
 import sys
@@ -20,50 +24,70 @@ from tqdm import tqdm
 import losses
 import plots
 import run
+import stack
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from mlp import MLP
 from targets import TARGETS
 
 POINTS = 50_000        # to train on, and as many fresh ones to test on (thesis 4.1.1)
+JUDGES = "rescaled", "nelbo"     # also measured at every epoch: the same two for every run, whatever it is trained on
+JUDGED_T_MIN = 1e-3              # their range of t, unless training has a smaller one
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python train.py [options], see --help")
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--data", choices=DATASETS, default="rings", help="2D set (rings)")
-    group.add_argument("--target", choices=TARGETS, default="eps", help="what the network predicts (eps)")
-    group.add_argument("--loss", choices=losses.LOSSES, default="mse", help="how its errors are weighed (mse)")
+    group = parser.add_argument_group("what to train (several values: all combinations)")
+    group.add_argument("--data", nargs="+", choices=DATASETS, default=["rings"], help="2D set (rings)")
+    group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
+    group.add_argument("--loss", nargs="+", choices=losses.LOSSES, default=["mse"], help="how its errors are weighed (mse)")
+    group.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of weights, data, batches and noise (0)")
+    group.add_argument("--seeds", type=run.number(int, 1), default=1, help="so many seeds, from --seed on (1)")
+    group = parser.add_argument_group("how to train it")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule (cosine)")
     group.add_argument("--t-min", type=run.number(float, 1e-6, 0.49), default=1e-3,
                        help="t is uniform in [t_min, 1 - t_min] (0.001)")
     group.add_argument("--stabiliser", type=run.number(float, 0), default=0.0,
                        help="d in the score target -sigma eps / (sigma^2 + d) (0; the thesis's numbers: 0.01)")
-    group = parser.add_argument_group("how to train it")
     group.add_argument("--epochs", type=run.number(int, 1), default=100, help="passes over 50,000 points (100)")
     group.add_argument("--batch-size", type=run.number(int, 1, POINTS), default=512, help="(512)")
     group.add_argument("--lr", type=run.number(float, 0), default=1e-3, help="Adam's, decays to 0 as a cosine (0.001)")
     group.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers (128)")
-    group.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of weights, data, batches and noise (0)")
+    group = parser.add_argument_group("where it runs and where it goes")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    group = parser.add_argument_group("where the run goes")
+    group.add_argument("--stack", type=run.number(int, 1), help="networks trained at once (8 on a CPU, else 96)")
     group.add_argument("--out", default="runs", help="folder of all runs (runs)")
-    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with this run")
-    group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start it again")
+    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with these runs")
+    group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start them again")
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite starts it again: choose one")
     try:
-        losses.weight(args.loss, args.target, torch.tensor([0.5]), SCHEDULES[args.schedule], args.stabiliser)
+        for loss, target in itertools.product(args.loss, args.target):
+            losses.weight(loss, target, torch.tensor([0.5]), SCHEDULES[args.schedule], args.stabiliser)
     except ValueError as error:            # a loss that has no weight for this target
         parser.error(str(error))
     return args
 
 
-def build_model(config):
-    """The network of a run's config, with fresh weights from torch's global generator."""
-    return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]])
+def configs(args):
+    """The config of every run that the arguments ask for; those of one set and seed, which share draws, side by side."""
+    shared = ["schedule", "t_min", "stabiliser", "epochs", "batch_size", "lr", "width"]
+    return [dict(data=data, target=target, loss=loss, seed=seed, **{key: getattr(args, key) for key in shared})
+            for data, seed, loss, target in itertools.product(
+                dict.fromkeys(args.data), range(args.seed, args.seed + args.seeds), dict.fromkeys(args.loss),
+                dict.fromkeys(args.target))]
+
+
+def name(config):
+    """Of a run's folder."""
+    return "{data}-{target}-{loss}-s{seed}".format(**config)
+
+
+def build_model(config, members=1):
+    """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
+    return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]], members=members)
 
 
 def objective(config):
@@ -73,8 +97,11 @@ def objective(config):
 
 
 def build_optimizer(model, config):
-    """Adam in one fused kernel; `train_epoch` sets its learning rate at every step."""
-    return torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
+    """Adam in one fused kernel; `train_epoch` sets its learning rate at every step. On CUDA fit to be captured."""
+    parameters = list(model.parameters())
+    cuda = parameters[0].is_cuda
+    lr = torch.tensor(config["lr"], device=parameters[0].device) if cuda else config["lr"]
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=cuda)
 
 
 def test_set(data):
@@ -82,105 +109,233 @@ def test_set(data):
     return DATASETS[data].sample(POINTS, run.generator("cpu", "test", data))
 
 
-@torch.no_grad()
-def evaluate(model, z, t, y, w, chunk=5000):
-    """Mean loss over the test points, their t and noise fixed -> number."""
-    chunks = zip(*(c.split(chunk) for c in (z, t, y, w)))
-    return torch.cat([losses.weighted_error(model(z, t), y, w) for z, t, y, w in chunks]).mean().item()
+def test_batch(config):
+    """The test points of a run, their t and noise fixed: z (n, 2), t (n,), y (n, 2), weights (n, 3), n = POINTS.
 
-
-def train_epoch(model, optimizer, data, epoch, config, on_step=lambda: None):
-    """One pass over data (n, 2) in random order -> losses (steps,). Every draw is a function of (seed, step)."""
-    seed, batch_size, device = config["seed"], config["batch_size"], data.device
-    steps = len(data) // batch_size        # leaves out the last, smaller batch: other points each epoch
-    order = torch.randperm(len(data), generator=run.generator("cpu", seed, "order", epoch)).to(device)
-    g = run.generator(device, seed, "noise", epoch)
-    x = data[order[:steps * batch_size]]                                                    # (steps * batch_size, 2)
-    t = losses.sample_t((steps, batch_size), config["t_min"], g).flatten()
-    eps = torch.randn(x.shape, generator=g, device=device)
+    The means of weights times squared error are its own test loss, on its own range of t, and then the exact losses JUDGES
+    on t_min = 1e-3: points outside of that range have weight 0 there, and those inside a little more.
+    """
+    x, g = test_set(config["data"]), run.generator("cpu", "test noise")
+    t, eps = losses.sample_t((POINTS,), config["t_min"], g), torch.randn(x.shape, generator=g)
     z, y, w = losses.regression(x, t, eps, **objective(config))
+    t_min = max(config["t_min"], JUDGED_T_MIN)
+    inside = ((t >= t_min) & (t <= 1 - t_min)).float()
+    judges = [inside / inside.mean() * losses.weight(judge, config["target"], t, SCHEDULES[config["schedule"]],
+                                                     config["stabiliser"]) for judge in JUDGES]
+    return z, t, y, torch.stack([w, *judges], 1)
 
-    batches = zip(*(c.split(batch_size) for c in (z, t, y, w)))
-    step_losses = torch.empty(steps, device=device)
-    for i, (z, t, y, w) in enumerate(batches):
-        loss = losses.weighted_error(model(z, t), y, w).mean()
+
+@functools.cache
+def optimal_errors(data, target, schedule, t_min, stabiliser):
+    """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
+    z, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser))
+    model = DATASETS[data].optimal_model(target, SCHEDULES[schedule], stabiliser)
+    return losses.weighted_error(model(z, t), y, torch.ones_like(t))
+
+
+def optimum(config, weights):
+    """The three losses of `test_batch` for the exact denoiser, the best there can be -> (3,)."""
+    errors = optimal_errors(*(config[key] for key in ("data", "target", "schedule", "t_min", "stabiliser")))
+    return (weights * errors[:, None]).mean(0)
+
+
+@torch.no_grad()
+def evaluate(model, z, t, y, weights):
+    """Mean of weights times squared error for every network of a stack: weights (M, n, 3) -> (M, 3).
+
+    z, t, y: batches from `stack.interleave` that together have all n points of every member.
+    """
+    errors = torch.stack([losses.weighted_error(model(*c[:2]), c[2], torch.ones_like(c[1])) for c in zip(z, t, y)])
+    errors = errors.unflatten(1, (len(weights), -1)).transpose(0, 1).flatten(1)                 # (M, n)
+    return (weights * errors[..., None]).mean(1)
+
+
+def build_step(model, optimizer, members):
+    """One step of Adam as a function: z, t, y, w of M * B rows -> their weighted errors (M * B,)."""
+    def step(z, t, y, w):
+        errors = losses.weighted_error(model(z, t), y, w)
         optimizer.zero_grad()
-        loss.backward()
-        progress = (epoch * steps + i) / (config["epochs"] * steps)
-        optimizer.param_groups[0]["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        errors.unflatten(0, (members, -1)).mean(1).sum().backward()    # members share nothing: a sum of M separate losses
         optimizer.step()
-        step_losses[i] = loss.detach()
+        return errors.detach()
+    return step
+
+
+def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
+    """One pass of every network of a stack over its own data, a list of (n, 2), in random order.
+
+    Every draw is a function of (seed, step), and members of one set and seed share it. step: `build_step`, perhaps captured.
+    Returns losses (steps, M) and the loss over t (M, 20), both of the networks as they were in training.
+    """
+    shared, device = configs[0], data[0].device
+    batch_size = shared["batch_size"]
+    steps = len(data[0]) // batch_size     # leaves out the last, smaller batch: other points each epoch
+    draws = {}
+    for x, config in zip(data, configs):
+        key = seed, _ = config["seed"], config["data"]
+        if key not in draws:
+            order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", epoch)).to(device)
+            g = run.generator(device, seed, "noise", epoch)
+            x = x[order[:steps * batch_size]]                                               # (steps * batch_size, 2)
+            t = losses.sample_t((steps, batch_size), config["t_min"], g).flatten()
+            draws[key] = x, t, torch.randn(x.shape, generator=g, device=device)
+    regressions, times = [], []
+    for config in configs:
+        x, t, eps = draws[config["seed"], config["data"]]
+        regressions.append(losses.regression(x, t, eps, **objective(config)))
+        times.append(t)
+    z, y, w = (stack.interleave(c, batch_size) for c in zip(*regressions))                  # (steps, M * batch_size, ...)
+    t = stack.interleave(times, batch_size)
+
+    errors = torch.empty_like(t)
+    for i in range(steps):
+        progress = (epoch * steps + i) / (shared["epochs"] * steps)
+        rate = shared["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        group = optimizer.param_groups[0]
+        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+        errors[i] = step(z[i], t[i], y[i], w[i])
         on_step()
-    return step_losses
+    errors, t = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t))   # (M, steps, batch_size)
+    return errors.mean(2).T, losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"])
+
+
+def existing(folder, config, args):
+    """The checkpoint in a run's folder, or None. A run is never silently overwritten, nor resumed with other settings."""
+    if not (folder / "ckpt.pt").exists() or args.overwrite:
+        return None
+    state = run.load(folder)
+    if state["config"] != config:
+        changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["config"].items() if config.get(k) != v]
+        raise SystemExit(f"{folder} holds a run with other settings ({' '.join(changed)}) - keep both by giving this one "
+                         "another folder of runs, or start it again with train.py --overwrite")
+    if not args.resume:
+        raise SystemExit(f"{folder} holds this run already - add --resume to go on with it or --overwrite to start again")
+    return state
+
+
+def train_stack(runs, device, on_step, on_epoch):
+    """Train runs with equally many finished epochs to the end, as one stack. runs: [(folder, config, checkpoint or None)].
+
+    They differ in data, target, loss and seed only. Writes their folders: after every epoch, unless that takes more than a
+    twentieth of the time. on_epoch(losses of the epoch: train and test, means over the stack, its seconds).
+    """
+    folders, configs, states = zip(*runs)
+    shared, members = configs[0], len(runs)
+    histories = [list(state["history"]) if state else [] for state in states]
+
+    # Data live on the device, one tensor for each set and seed. Test points, times and noise are the same in every run.
+    keys = [(config["data"], config["seed"]) for config in configs]
+    points = {(data, seed): DATASETS[data].sample(POINTS, run.generator("cpu", seed, "train")).to(device)
+              for data, seed in dict.fromkeys(keys)}
+    data = [points[key] for key in keys]
+    tests = [test_batch(config) for config in configs]
+    optima = [optimum(config, test[3]).tolist() for config, test in zip(configs, tests)]
+    *inputs, weights = zip(*tests)
+    inputs = [stack.interleave(c, 1250).to(device) for c in inputs]        # small batches: activations fit in the cache
+    weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
+
+    def initial(config):
+        torch.manual_seed(config["seed"])
+        return build_model(config).state_dict()
+    model = build_model(shared, members).to(device)
+    model.load_state_dict(stack.join([state["model"] if state else initial(config)
+                                      for config, state in zip(configs, states)]))
+    optimizer = build_optimizer(model, shared)
+    if states[0]:
+        optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
+                                   "param_groups": optimizer.state_dict()["param_groups"]})
+    step = build_step(model, optimizer, members)
+    if device.type == "cuda":
+        rows = members * shared["batch_size"]
+        z, t = torch.zeros(rows, 2, device=device), torch.full((rows,), 0.5, device=device)
+        step = stack.captured(step, model, optimizer, (z, t, z, t))
+
+    steps, saved_at, saving = POINTS // shared["batch_size"], -math.inf, 0.0
+    for epoch in range(len(histories[0]), shared["epochs"]):
+        start = time.perf_counter()
+        train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
+        test_losses = evaluate(model, *inputs, weights)
+        finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite()    # once an epoch: each step would wait for the GPU
+        if not finite.all():
+            m = finite.all(0).long().argmin()
+            raise SystemExit(f"{folders[m]}: the loss is not finite from step "
+                             f"{epoch * steps + finite[:-1, m].long().cumprod(0).sum()} on - lower --lr or raise --t-min; "
+                             f"{len(run.load(folders[m])['history']) if (folders[m] / 'ckpt.pt').exists() else 0} "
+                             "finished epochs are kept")
+        train_losses, test_losses, over_t = train_losses.mean(0).tolist(), test_losses.tolist(), over_t.tolist()
+        seconds = time.perf_counter() - start
+        for m, history in enumerate(histories):
+            entry = dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=train_losses[m])
+            for key, value, best in zip(("loss", *JUDGES), test_losses[m], optima[m]):
+                entry[f"test_{key}"], entry["optimum" if key == "loss" else f"optimum_{key}"] = value, best
+            entry["train_loss_over_t"] = [float(f"{value:.5g}") for value in over_t[m]]
+            entry["seconds"] = round((history[-1]["seconds"] if history else 0.0) + seconds / members, 3)
+            history.append(entry)
+
+        start = time.perf_counter()
+        if start - saved_at >= 20 * saving or epoch + 1 == shared["epochs"]:
+            for m, (folder, config, history) in enumerate(zip(folders, configs, histories)):
+                run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
+                run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m), history=history,
+                                                  optimizer=stack.member(optimizer.state_dict()["state"], m)))
+            saved_at = time.perf_counter()
+            saving = saved_at - start
+        on_epoch(epoch + 1, sum(train_losses) / members, sum(losses[0] for losses in test_losses) / members)
+
+    for folder, config, history in zip(folders, configs, histories):
+        plots.loss_curve(history, config, folder / "loss.png")
 
 
 def main(argv=None):
     args = parse(argv)
     device = run.device(args.device)
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "overwrite")}
-    folder = Path(args.out) / f"{args.data}-{args.target}-{args.loss}-s{args.seed}"
-    ckpt = folder / "ckpt.pt"
+    runs = []
+    for config in configs(args):
+        folder = Path(args.out) / name(config)
+        runs.append((folder, config, existing(folder, config, args)))
+    for folder, config, _ in runs:     # written before anything goes: a full disk stops here
+        run.write(folder / "config.json", json.dumps(config, indent=2).encode())
+        if args.overwrite:
+            for file in "ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.png", "metrics.json":
+                (folder / file).unlink(missing_ok=True)
 
-    # A run is never silently overwritten, and never resumed with other settings.
-    state = run.load(ckpt) if ckpt.exists() and not args.overwrite else None
-    if state and state["config"] != config:
-        changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["config"].items() if config.get(k) != v]
-        raise SystemExit(f"{folder} holds a run with other settings ({' '.join(changed)}) - keep both by giving this one "
-                         "another folder of runs, or start it again with train.py --overwrite")
-    if state and not args.resume:
-        raise SystemExit(f"{folder} holds this run already - add --resume to go on with it or --overwrite to start again")
-    run.write(folder / "config.json", json.dumps(config, indent=2).encode())   # before anything goes: a full disk stops here
-    if args.overwrite:
-        for name in "ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.png", "metrics.json":
-            (folder / name).unlink(missing_ok=True)
+    finished = lambda run: len(run[2]["history"]) if run[2] else 0
+    todo = sorted((run for run in runs if finished(run) < args.epochs), key=finished)
+    size = args.stack or (8 if device.type == "cpu" else 96)
+    stacks = [group[i:i + size] for group in (list(group) for _, group in itertools.groupby(todo, key=finished))
+              for i in range(0, len(group), size)]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
 
-    # Data live on the device as one tensor. Test points, times and noise are the same in every run.
-    dataset = DATASETS[args.data]
-    train = dataset.sample(POINTS, run.generator("cpu", args.seed, "train")).to(device)
-    test, g = test_set(args.data), run.generator("cpu", "test noise")
-    t, eps = losses.sample_t((POINTS,), args.t_min, g), torch.randn(test.shape, generator=g)
-    z, y, w = losses.regression(test, t, eps, **objective(config))
-    fixed = [c.to(device) for c in (z, t, y, w)]
-    optimum = evaluate(dataset.optimal_model(args.target, SCHEDULES[args.schedule], args.stabiliser), *fixed)
+    steps, terminal, start = POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
+    before = sum(finished(run) for run in runs) * steps
+    bar = tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal, smoothing=0)
+    done = before
+    for number, group in enumerate(stacks, 1):
+        names = f"{group[0][0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+        print(f"{names}: {args.schedule} schedule, {args.epochs} epochs of {steps} steps on {device}"
+              + (f", after epoch {finished(group[0])}" if finished(group[0]) else "")
+              + (f"; stack {number} of {len(stacks)}" if len(stacks) > 1 else ""))
 
-    torch.manual_seed(args.seed)
-    model = build_model(config).to(device)
-    optimizer = build_optimizer(model, config)
-    history = []
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-
-    steps = POINTS // args.batch_size
-    print(f"{folder}: {args.target} with {args.loss} on {args.data}, {args.schedule} schedule, {args.epochs} epochs of "
-          f"{steps} steps on {device}; best possible test loss {optimum:.4f}")
-    if history:
-        print(f"resuming after epoch {len(history)}")
-    terminal = sys.stderr.isatty()
-    bar = tqdm(total=args.epochs * steps, initial=len(history) * steps, unit="step", disable=not terminal)
-    seconds = history[-1]["seconds"] if history else 0.0
-    for epoch in range(len(history), args.epochs):
-        start = time.perf_counter()
-        step_losses = train_epoch(model, optimizer, train, epoch, config, on_step=bar.update)
-        test_loss = evaluate(model, *fixed)
-        finite = step_losses.isfinite()
-        if not (finite.all() and math.isfinite(test_loss)):    # once an epoch: at every step it would wait for the GPU
-            bar.close()
-            raise SystemExit(f"the loss is not finite from step {epoch * steps + finite.long().cumprod(0).sum()} on - "
-                             f"lower --lr or raise --t-min; {len(history)} finished epochs are kept in {folder}")
-        seconds += time.perf_counter() - start
-        history.append(dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=step_losses.mean().item(),
-                            test_loss=test_loss, optimum=optimum, seconds=round(seconds, 2)))
-        run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
-        run.save(ckpt, dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), history=history))
-        line = f"epoch {epoch + 1:3d}  train {history[-1]['train_loss']:.4f}  test {test_loss:.4f}"
-        bar.set_description(line) if terminal else print(f"{line}  {seconds:.0f} s", flush=True)
+        def on_epoch(epoch, train_loss, test_loss):
+            nonlocal done
+            done += steps * len(group)
+            line = f"epoch {epoch:3d}" + (f"  train {train_loss:.4f}  test {test_loss:.4f}" if len(group) == 1 else "")
+            spent = time.perf_counter() - start
+            left = spent / (done - before) * (bar.total - done)
+            if terminal:
+                bar.set_description(line)
+            elif len(group) == 1 or epoch % 10 == 0 or epoch == args.epochs:
+                print(f"{line}  {spent:.0f} s, {left:.0f} s left", flush=True)
+        train_stack(group, device, lambda: bar.update(len(group)), on_epoch)
     bar.close()
 
-    plots.loss_curve(history, config, optimum, folder / "loss.png")
-    print(f"test loss {history[-1]['test_loss']:.4f}, best possible {optimum:.4f}, {seconds:.0f} s; wrote {folder}/")
-    print(f"next: python sample.py --ckpt {folder} --steps 512")
+    for folder, _, _ in runs:
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        print(f"{folder}: test loss {last['test_loss']:.4f}, best possible {last['optimum']:.4f}; "
+              f"NELBO {last['test_nelbo']:.3f}, best possible {last['optimum_nelbo']:.3f} nats per dimension")
+    print(f"next: python sample.py --ckpt {' '.join(str(folder) for folder, _, _ in runs[:3])}"
+          f"{' ...' if len(runs) > 3 else ''} --steps 512")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The network against nn.Sequential with the same weights."""
+import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -7,13 +8,38 @@ import ddpm
 from mlp import MLP
 
 
-def test_seven_layers_with_relu_between():
-    model = MLP(width=16).double()
-    layers = [layer for linear in model.layers for layer in (linear, nn.ReLU())][:-1]
-    assert len(model.layers) == 7 and [layer.out_features for layer in model.layers] == 6 * [16] + [2]
-    z, t = torch.randn(5, 2, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
-    assert_close(model(z, t), nn.Sequential(*layers)(torch.cat([z, t[:, None]], 1)))
-    assert MLP().layers[0].out_features == 128
+def by_hand(model, m, z, t):
+    """Network m of a stack as torch's own layers."""
+    layers = []
+    for weight, bias in zip(model.weights, model.biases):
+        linear = nn.Linear(weight.shape[2], weight.shape[1], dtype=torch.float64)
+        linear.weight.data, linear.bias.data = weight[m], bias[m, 0]
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])(torch.cat([z, t[:, None]], 1))
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_seven_layers_with_relu_between_and_a_block_of_rows_for_each_member(members):
+    model = MLP(width=16, members=members).double()
+    assert [tuple(w.shape[1:]) for w in model.weights] == [(16, 3)] + 5 * [(16, 16)] + [(2, 16)]
+    z, t = torch.randn(5 * members, 2, dtype=torch.float64), torch.rand(5 * members, dtype=torch.float64)
+    expected = [by_hand(model, m, *c) for m, c in enumerate(zip(z.split(5), t.split(5)))]
+    assert_close(model(z, t), torch.cat(expected))
+    assert MLP().weights[0].shape == (1, 128, 3)
+
+
+def test_initial_weights_are_those_of_linear_layers():
+    """One after the other from the global generator, uniform in +-1 / sqrt(inputs), members not alike."""
+    torch.manual_seed(5)
+    model = MLP(width=16)
+    torch.manual_seed(5)
+    sizes = [3] + 6 * [16] + [2]
+    for weight, bias, n_in, n_out in zip(model.weights, model.biases, sizes, sizes[1:]):
+        linear = nn.Linear(n_in, n_out)
+        assert torch.equal(weight[0], linear.weight) and torch.equal(bias[0, 0], linear.bias)
+        assert 0.8 < weight.abs().max() * n_in**0.5 <= 1
+    pair = MLP(width=16, members=2)
+    assert not torch.equal(pair.weights[2][0], pair.weights[2][1])
 
 
 def test_every_parameter_and_t_matter():

@@ -75,14 +75,16 @@ def test_draws_are_the_same_for_every_target_and_loss_and_differ_between_seeds(t
         drawn.append([])
         fit(tmp_path, *extra)
     first, second, other = drawn
-    assert len(first) == 3                                          # the test set, then one for each epoch
+    epochs = lambda calls: [call for call in calls if not torch.equal(call[0], calls[0][0])]
+    assert all(torch.equal(a, b) for calls in drawn for a, b in zip(calls[0], first[0]))   # one test set, its noise fixed
+    first, second, other = epochs(first), epochs(second), epochs(other)
+    assert len(first) == len(second) == len(other) == 2
     assert all(torch.equal(a, b) for one, two in zip(first, second) for a, b in zip(one, two))
-    assert all(torch.equal(a, b) for a, b in zip(first[0], other[0]))      # one test set, its noise fixed
-    assert not any(torch.equal(a, b) for a, b in zip(first[1], other[1]))
-    assert sorted(first[1][0].tolist()) != sorted(other[1][0].tolist())    # a seed has its own training points
-    assert not any(torch.equal(a, b) for a, b in zip(first[1], first[2]))  # epochs differ too
-    assert sorted(first[1][0].tolist()) == sorted(first[2][0].tolist())    # in the order of the same points
-    t = first[1][1].view(10, 5000).sort(1).values.diff(dim=1)
+    assert not any(torch.equal(a, b) for a, b in zip(first[0], other[0]))
+    assert sorted(first[0][0].tolist()) != sorted(other[0][0].tolist())    # a seed has its own training points
+    assert not any(torch.equal(a, b) for a, b in zip(first[0], first[1]))  # epochs differ too
+    assert sorted(first[0][0].tolist()) == sorted(first[1][0].tolist())    # in the order of the same points
+    t = first[0][1].view(10, 5000).sort(1).values.diff(dim=1)
     assert (t - t.mean()).abs().max() < 1e-6                         # stratified in every batch
 
 
@@ -91,7 +93,7 @@ def test_same_initial_weights_for_every_target(tmp_path):
         fit(tmp_path, "--target", target, "--lr", "0", "--seed", seed)
     first, second, other = (weights(tmp_path / f"clusters-{name}") for name in ("eps-mse-s0", "v-mse-s0", "eps-mse-s1"))
     assert_same(first, second)
-    assert not torch.equal(first["layers.3.weight"], other["layers.3.weight"])
+    assert not torch.equal(first["weights.3"], other["weights.3"])
 
 
 HARD = ["--target", "s", "--loss", "nelbo", "--schedule", "ve", "--t-min", "0.05", "--stabiliser", "0.02"]
@@ -107,18 +109,20 @@ def drawn(monkeypatch):
 
 def test_an_epoch_is_the_loop_written_by_hand(drawn):
     """Steps of plain gradient descent on losses.loss, batch by batch: every setting of the config counts."""
-    config = vars(train.parse([*FAST, *HARD, "--lr", "0.01"]))
+    config, = train.configs(train.parse([*FAST, *HARD, "--lr", "0.01"]))
     data = DATASETS["clusters"].sample(22_000, torch.Generator().manual_seed(0))
     model = train.build_model(config)
     by_hand = copy.deepcopy(model)
-    step_losses = train.train_epoch(model, torch.optim.SGD(model.parameters(), lr=1.0), data, 1, config)
-    (x, t, eps), expected = drawn[0], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step_losses, over_t = train.train_epoch(train.build_step(model, optimizer, 1), optimizer, [data], 1, [config])
+    (x, t, eps), expected, errors = drawn[0], [], []
     assert len(x) == 20_000 and t.min() >= 0.05 and t.max() <= 0.95
     for i in range(4):
         part = slice(5000 * i, 5000 * (i + 1))
-        value = losses.loss(by_hand, x[part], t[part], eps[part], target="s", loss="nelbo", schedule=SCHEDULES["ve"],
-                            stabiliser=0.02).mean()
-        expected.append(value.item())
+        errors.append(losses.loss(by_hand, x[part], t[part], eps[part], target="s", loss="nelbo", schedule=SCHEDULES["ve"],
+                                  stabiliser=0.02))
+        value = errors[-1].mean()
+        expected.append([value.item()])
         gradients = torch.autograd.grad(value, list(by_hand.parameters()))
         rate = 0.01 * 0.5 * (1 + math.cos(math.pi * (4 + i) / 8))
         with torch.no_grad():
@@ -127,6 +131,9 @@ def test_an_epoch_is_the_loop_written_by_hand(drawn):
     torch.testing.assert_close(step_losses, torch.tensor(expected), rtol=1e-4, atol=1e-6)
     for p, q in zip(model.parameters(), by_hand.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
+    errors, edges = torch.cat(errors), torch.linspace(0.05, 0.95, 21)
+    expected = [errors[(low < t) & (t < high)].mean().item() for low, high in zip(edges, edges[1:])]
+    torch.testing.assert_close(over_t, torch.tensor([expected]), rtol=1e-3, atol=1e-6)
 
 
 def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, drawn):
@@ -142,33 +149,35 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
         value = losses.loss(network, x, t, eps, **setting).mean().item()
         assert abs(state["history"][0][key] / value - 1) < 1e-4
     grad = []
-    train.evaluate(lambda z, t: grad.append(torch.is_grad_enabled()) or z, x, t, x, t)
+    batches = torch.ones(10, 4, 2)
+    train.evaluate(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches, torch.ones(2, 20, 3))
     assert grad == 10 * [False]
 
 
 def test_defaults_are_the_documented_ones():
     args = vars(train.parse([]))
-    assert args == dict(data="rings", target="eps", loss="mse", schedule="cosine", t_min=1e-3, stabiliser=0.0, epochs=100,
-                        batch_size=512, lr=1e-3, width=128, seed=0, device="auto", out="runs", resume=False,
-                        overwrite=False)
-    optimizer = train.build_optimizer(train.build_model(args), args)
+    assert args == dict(data=["rings"], target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, stabiliser=0.0, epochs=100,
+                        batch_size=512, lr=1e-3, width=128, seed=0, seeds=1, device="auto", stack=None, out="runs",
+                        resume=False, overwrite=False)
+    config, = train.configs(train.parse([]))
+    optimizer = train.build_optimizer(train.build_model(config), config)
     assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["betas"] == (0.9, 0.999)
     assert train.parse(["--batch-size", "50000"]).batch_size == 50_000
 
 
 def test_history_says_what_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: torch.tensor([1.0, 3.0]))
+    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: (torch.tensor([[1.0], [3.0]]), torch.ones(1, 20)))
     fit(tmp_path, "--epochs", "1")
     folder = tmp_path / "clusters-eps-mse-s0"
     assert run.load(folder)["history"][0]["train_loss"] == 2
-    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: torch.tensor([1.0, 1.0, float("nan"), 1.0]))
+    nan = torch.tensor([[1.0], [1.0], [float("nan")], [1.0]])
+    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: (nan, torch.ones(1, 20)))
     with pytest.raises(SystemExit, match="from step 2 on"):
         fit(tmp_path, "--overwrite")
     assert [p.name for p in folder.iterdir()] == ["config.json"]      # --overwrite removed the old run
     monkeypatch.undo()
     original = train.evaluate
-    values = iter([0.3, float("nan")])                                # the optimum, then the test loss
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(values))
+    monkeypatch.setattr(train, "evaluate", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
     with pytest.raises(SystemExit, match="not finite from step 10 on"):
         fit(tmp_path)
     monkeypatch.setattr(train, "evaluate", original)
@@ -178,7 +187,7 @@ def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     fit(tmp_path / "a", "--epochs", "2")
     folder = tmp_path / "a" / "clusters-eps-mse-s0"
     state = run.load(folder)
-    assert state["config"].keys() == vars(train.parse([])).keys() - {"out", "device", "resume", "overwrite"}
+    assert state["config"].keys() == vars(train.parse([])).keys() - {"seeds", "stack", "out", "device", "resume", "overwrite"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt
@@ -253,7 +262,7 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     before = (folder / "ckpt.pt").read_bytes()
     state = run.load(folder)
     state["history"] = state["history"][:2]                          # as if stopped after epoch 2
-    state["model"]["layers.3.bias"][:] = float("nan")
+    state["model"]["biases.3"][:] = float("nan")
     run.save(folder / "ckpt.pt", state)
     with pytest.raises(SystemExit, match="not finite from step 20 on - lower --lr .* 2 finished epochs are kept"):
         fit(tmp_path, "--epochs", "3", "--resume")
