@@ -1,10 +1,10 @@
-"""How fast the training step and the sampler are, beside the loop everybody writes, in one run.
+"""How fast training and sampling are, alone and as a stack, beside the loop everybody writes, in one run.
 
     python bench.py                                        # on the GPU if there is one, else on the CPU
     python bench.py --device cpu --width 256
 
-Both loops train the same network on the same points with the same batch size and optimiser; rounds alternate and the
-median counts. Peak memory is the process's resident set on a CPU and torch's allocations on CUDA.
+All loops train the same network on the same points with the same batch size and optimiser; rounds alternate and the
+median counts. Times are per network and step: that of a stack of 8 (96 on CUDA, captured) is divided by 8. Peak memory is the process's resident set on a CPU and torch's allocations on CUDA.
 """
 import argparse
 import resource
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import ddpm
 import run
+import sample
+import stack
 import train
 from datasets2d import DATASETS
 from targets import TARGETS
@@ -71,34 +72,43 @@ def main(argv=None):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {name}, batch {args.batch_size}, width {args.width}")
 
-    config = vars(train.parse([f"--target={args.target}", f"--batch-size={args.batch_size}", f"--width={args.width}"]))
+    shape = [f"--batch-size={args.batch_size}", f"--width={args.width}"]
+    config, = train.configs(train.parse([f"--target={args.target}", *shape]))
+    members = train.configs(train.parse(["--target", "x", "eps", "v", "s", "--loss", "mse", "nelbo", *shape,
+                                         f"--seeds={1 if device.type == 'cpu' else 12}"]))
+    stacked = f"stack of {len(members)}"
     data = DATASETS["rings"].sample(train.POINTS)
     ours, plain = train.build_model(config).to(device), plain_model(args.width).to(device)
-    our_optimizer = train.build_optimizer(ours, config)
+    many = train.build_model(config, len(members)).to(device)
+    our_optimizer, many_optimizer = train.build_optimizer(ours, config), train.build_optimizer(many, config)
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True, drop_last=True)
     data = data.to(device)
+    our_step = train.build_step(ours, our_optimizer, 1)                                    # eager, also on CUDA
+    many_step = train.ready_step(many, many_optimizer, len(members), args.batch_size)
 
-    loops = {"train.py": lambda: train.train_epoch(ours, our_optimizer, data, 0, config),
+    loops = {"train.py": lambda: train.train_epoch(our_step, our_optimizer, [data], 0, [config]),
              "plain": lambda: plain_epoch(plain, plain_optimizer, loader, device),
-             "network alone": lambda: network_epoch(ours, data, config)}
+             "network alone": lambda: network_epoch(ours, data, config),
+             stacked: lambda: train.train_epoch(many_step, many_optimizer, len(members) * [data], 0, members)}
     times = {name: [] for name in loops}
     for _ in range(args.rounds + 1):
         for name, loop in loops.items():
-            times[name].append(seconds(loop, device) / len(loader))
+            times[name].append(seconds(loop, device) / len(loader) / (len(members) if name == stacked else 1))
     times = {name: statistics.median(values[1:]) for name, values in times.items()}     # the first round warms up
-    flop = 6 * args.batch_size * sum(p.numel() for p in ours.parameters() if p.ndim == 2)    # forward 2, backward 4
+    flop = 6 * args.batch_size * sum(p.numel() for p in ours.weights)    # forward 2, backward 4
     for name, step in times.items():
-        print(f"training    {name:13s} {1e3 * step:6.2f} ms/step {flop / step / 1e9:7.1f} GFLOP/s"
-              f"   plain / this {times['plain'] / step:.2f}")
+        print(f"training    {name:13s} {1e3 * step:7.3f} ms/step {flop / step / 1e9:7.1f} GFLOP/s"
+              f"   plain / this {times['plain'] / step:.2f}   train.py / this {times['train.py'] / step:.2f}")
 
     n, steps = 10_000, 32
-    sample = lambda: ddpm.ancestral_sample(ours, (n, 2), steps, target=args.target, schedule=ddpm.SCHEDULES["cosine"],
-                                           generator=run.generator(device, 0))
-    sample()
-    step = statistics.median(seconds(sample, device) for _ in range(3)) / steps
-    flop = 2 * n * sum(p.numel() for p in ours.parameters() if p.ndim == 2)
-    print(f"sampling    {n} points  {1e3 * step:6.2f} ms/step {flop / step / 1e9:7.1f} GFLOP/s")
+    for name, model, configs in ("train.py", ours, [config]), (stacked, many, members):
+        states = [{"config": c, "model": stack.member(model.state_dict(), m)} for m, c in enumerate(configs)]
+        draw = lambda: sample.draw(states, steps, n, device=device)
+        draw()
+        step = statistics.median(seconds(draw, device) for _ in range(3)) / steps / len(states)
+        print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step {flop / 3 / args.batch_size * n / step / 1e9:7.1f} GFLOP/s"
+              f"   {n:,} points")
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"memory      {peak / 2**20:.0f} MiB at the peak")

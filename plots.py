@@ -1,10 +1,12 @@
 """The figures: one function a figure, written to a file. Never called from the training loop.
 
-Each target has one colour everywhere (Okabe and Ito's, safe for colour-blind readers).
+Each target has one colour everywhere (Okabe and Ito's, safe for colour-blind readers); panels share their axes; a dashed
+line is the best possible.
 """
 import io
 
 import matplotlib
+import numpy as np
 
 import run
 
@@ -19,11 +21,31 @@ def scatter(panels, path, points=5000):
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.5), sharex=True, sharey=True, squeeze=False)
     for ax, (title, x) in zip(axes[0], panels.items()):
         x = x[:points].cpu().numpy()
-        ax.scatter(x[:, 0], x[:, 1], s=1, alpha=0.4, linewidths=0, color="#0072B2", rasterized=True)
+        ax.scatter(x[:, 0], x[:, 1], s=min(1, 5000 / len(x)), alpha=0.4, linewidths=0, color="#0072B2", rasterized=True)
         ax.set_title(title, fontsize=10)
         ax.set_aspect("equal")
         ax.set(xlim=(-3, 3), ylim=(-3, 3))
     fig.tight_layout()
+    save(fig, path)
+
+
+def point_grid(panels, path):
+    """Small panels of points in rows and columns, axes from -3 to 3. panels: {(row, column): ((n, 2), text below)}."""
+    rows, columns = list(dict.fromkeys(row for row, _ in panels)), list(dict.fromkeys(column for _, column in panels))
+    size = 10.5 / len(columns)
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(11, (size + 0.18) * len(rows) + 0.5), squeeze=False)
+    for (row, column), (x, text) in panels.items():
+        ax = axes[rows.index(row), columns.index(column)]
+        colour = COLOURS.get(column.split(",")[0], COLOURS.get(row.split(",")[0], "#0072B2"))
+        ax.scatter(x[:, 0], x[:, 1], s=1, alpha=0.5, linewidths=0, color=colour, rasterized=True)
+        ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
+        ax.set_aspect("equal")
+        ax.set_xlabel(text, fontsize=8, labelpad=2)
+        if row == rows[0]:
+            ax.set_title(column, fontsize=9)
+        if column == columns[0]:
+            ax.set_ylabel(row, fontsize=9)
+    fig.tight_layout(pad=0.3, h_pad=0.4, w_pad=0.3)
     save(fig, path)
 
 
@@ -38,6 +60,83 @@ def loss_curve(history, config, path):
            title=f"{config['data']}, {config['target']}, {config['loss']}, seed {config['seed']}")
     ax.legend()
     fig.tight_layout()
+    save(fig, path)
+
+
+def band(ax, x, values, **style):
+    """Mean of values (seeds, n) over the seeds, and +- one standard deviation."""
+    mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+    ax.plot(x, mean, **style)
+    ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def loss_curves(rows, path):
+    """Losses over epochs. rows: {label: {data: {target: (values (seeds, epochs), optimum)}}}, log scale."""
+    fig, axes = plt.subplots(len(rows), 4, figsize=(11, 2.9 * len(rows)), sharex=True, sharey="row", squeeze=False)
+    for row, (label, sets) in zip(axes, rows.items()):
+        for ax, (data, curves) in zip(row, sets.items()):
+            for target, (values, optimum) in curves.items():
+                band(ax, range(1, values.shape[1] + 1), values, color=COLOURS[target], label=target)
+                ax.axhline(optimum, color=COLOURS[target], linestyle="--", linewidth=1)
+            ax.set(yscale="log", title=data)
+        row[0].set_ylabel(label)
+    for ax in axes[-1]:
+        ax.set_xlabel("epoch")
+    finish(fig, axes[0, 0], path)
+
+
+def over_time(curves, t, path):
+    """log-SNR of the schedules. curves: {schedule: (n,)} over t (n,)."""
+    fig, ax = plt.subplots(figsize=(5, 3.5))
+    for (name, values), style in zip(curves.items(), ["-", "--", ":"]):
+        ax.plot(t, values, style, color="black", label=name)
+    ax.set(xlabel="t", ylabel="log-SNR")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.tight_layout()
+    save(fig, path)
+
+
+def scalings(panels, t, path):
+    """1/w(t). panels: {title: {target: (n,)}} over t (n,), log scale."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), sharey=True)
+    for ax, (title, curves) in zip(axes, panels.items()):
+        for (target, values), style in zip(curves.items(), ["-", "-", ":", "-"]):
+            ax.plot(t, values, style, color=COLOURS[target], label=target)
+        ax.set(yscale="log", xlabel="t", title=title)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("1 / w(t)")
+    axes[0].legend()
+    finish(fig, None, path)
+
+
+def over_t(panels, label, path):
+    """Something over t in bins. panels: {title: [(label, target, values (seeds, bins), best (bins,))]}, log scale.
+
+    Several curves of one target in a panel are drawn from light to dark.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(11, 3.4), sharey=True)
+    for ax, (title, curves) in zip(axes, panels.items()):
+        for i, (name, target, values, best) in enumerate(curves):
+            shades = len({curve[1] for curve in curves}) == 1
+            t = (0.5 + np.arange(values.shape[1])) / values.shape[1]
+            band(ax, t, np.asarray(values), color=COLOURS[target], label=name, alpha=(i + 1) / len(curves) if shades else 1)
+            ax.plot(t, best, "--", color="black" if shades else COLOURS[target], linewidth=1)
+        ax.set(yscale="log", xlabel="t", title=title)
+        ax.grid(alpha=0.3)
+        if shades:
+            ax.legend(fontsize=8)
+    axes[0].set_ylabel(label)
+    finish(fig, None if shades else axes[0], path)
+
+
+def finish(fig, ax, path):
+    """Lay out and save, with the legend of one panel above all of them."""
+    fig.tight_layout(rect=(0, 0, 1, 0.93) if ax else None)
+    if ax:
+        handles, labels = ax.get_legend_handles_labels()
+        handles.append(plt.Line2D([], [], color="grey", linestyle="--", linewidth=1))
+        fig.legend(handles, [*labels, "best possible"], loc="upper center", ncols=len(handles))
     save(fig, path)
 
 

@@ -1,114 +1,378 @@
-"""Make a table of the README from real runs: trains what is missing, samples, prints Markdown.
+"""Make the tables and 2D figures of the thesis, beside their optimum, from real runs: trains what is missing, draws.
 
-    python reproduce.py moments   # eps and v with mse on the four sets, 512 steps, beside the thesis's Table 4.1
-    python reproduce.py steps     # rings, x and v with mse: what more sampling steps do, Fig. 4.13
+    python reproduce.py table4.1                  # 144 networks: about an hour on 2 CPU cores
+    python reproduce.py table4.1 --quick          # 20 epochs, 1 seed, 2,500 samples: a preview in minutes
+    python reproduce.py all
 
-Runs and their samples are kept under --runs and never made twice; an interrupted call goes on where it was. The table is
-also written to results/. Each cell is the mean +- standard deviation over the seeds.
+Runs and their samples are kept under --runs and never made twice; an interrupted call goes on where it was. Results are
+written to --out, with their index, README.md.
 """
 import argparse
+import functools
+import itertools
 import json
+import math
 import statistics
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import ddpm
+import losses
 import metrics
+import plots
 import run
 import sample
+import targets
 import train
 from datasets2d import DATASETS
 
-# Thesis, Table 4.1, weighted loss: mean distance, covariance distance.
-THESIS = {("clusters", "eps"): (0.0634, 0.1430),   ("clusters", "v"): (0.0389, 0.0363),
-          ("rings", "eps"): (0.0983, 0.0366),      ("rings", "v"): (0.0453, 0.0088),
-          ("swiss_roll", "eps"): (0.0857, 0.0824), ("swiss_roll", "v"): (0.0427, 0.0269),
-          ("waves", "eps"): (0.0748, 0.0778),      ("waves", "v"): (0.0131, 0.0271)}
+TARGETS = ["x", "eps", "v", "s"]
+STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
 DISTANCES = "mean_distance", "covariance_distance"
+# As the thesis computes them (ERRATA.md entry 8): t in all of [0, 1], the stabiliser in the score and in the weights.
+STABILISED = ["--loss", "mse", "nelbo_stable", "--t-min", "1e-6", "--stabiliser", "0.01"]
+EXACT = ["--loss", "nelbo"]
+
+# Thesis, Table 4.1: loss, mean distance, covariance distance with the NELBO, then with the weighted loss.
+THESIS = {(row.split()[0], row.split()[1]): [float(number) for number in row.split()[2:]] for row in """\
+    clusters   x    0.6777 0.1754 0.5746   0.4754 0.4300 0.2715
+    clusters   eps  2.3636 0.0364 0.0706   0.3522 0.0634 0.1430
+    clusters   v    2.5396 0.0307 0.0409   0.8264 0.0389 0.0363
+    clusters   s    0.7657 0.2279 0.1498   2.6934 0.2688 0.1633
+    rings      x    0.8785 0.2744 0.3807   0.4932 0.2807 0.3974
+    rings      eps  2.5700 0.0914 0.1107   0.4266 0.0983 0.0366
+    rings      v    2.5452 0.0459 0.0718   0.9227 0.0453 0.0088
+    rings      s    0.9577 0.2254 0.1563   3.0981 0.2220 0.1637
+    swiss_roll x    0.8640 0.1133 0.2645   0.4934 0.5256 0.6875
+    swiss_roll eps  2.5324 0.0689 0.0941   0.4261 0.0857 0.0824
+    swiss_roll v    2.4861 0.0418 0.0598   0.9171 0.0427 0.0269
+    swiss_roll s    0.9493 0.1266 0.1972   3.0274 0.0893 0.1227
+    waves      x    0.9104 0.1593 0.5559   0.4939 0.1869 0.6911
+    waves      eps  2.6805 0.0405 0.0757   0.4500 0.0748 0.0778
+    waves      v    2.6873 0.0447 0.0738   0.9411 0.0131 0.0271
+    waves      s    1.0210 0.0353 0.1369   3.4165 0.0178 0.1676""".splitlines()}
 
 
-def result(args, data, target, seed, steps):
-    """metrics.json of one run's samples as a dict; trains and samples if that has not been done since."""
-    folder = Path(args.runs) / f"{data}-{target}-mse-s{seed}"
-    ckpt, out = folder / "ckpt.pt", folder / f"steps-{steps}"
-    metrics_json = out / "metrics.json"
-    if ckpt.exists() and metrics_json.exists() and metrics_json.stat().st_mtime >= ckpt.stat().st_mtime:
-        done = json.loads(metrics_json.read_text())
-        if done["epochs_trained"] == args.epochs:
-            return done
-    train.main(["--data", data, "--target", target, "--loss", "mse", "--seed", str(seed), "--out", args.runs,
-                "--epochs", str(args.epochs), "--device", args.device, "--resume"])
-    sample.main(["--ckpt", str(folder), "--steps", str(steps), "--seed", str(seed), "--out", str(out),
-                 "--device", args.device])
-    return json.loads(metrics_json.read_text())
+def trained(args, options, data=tuple(DATASETS)):
+    """Train what is missing of data x targets x losses x seeds -> {(data, target, loss, seed): (folder, checkpoint)}."""
+    root = Path(args.runs) / f"{'stabilised' if options is STABILISED else 'exact'}-{args.epochs}-epochs"
+    argv = ["--data", *data, "--target", *TARGETS, *options, "--seeds", str(args.seeds), "--epochs", str(args.epochs),
+            "--out", str(root), "--device", args.device, "--resume"]
+    configs = train.configs(train.parse(argv))
+    finished = lambda config: (path := root / train.name(config) / "metrics.jsonl").exists() \
+        and path.read_bytes().count(b"\n") == args.epochs and (path.parent / "ckpt.pt").exists()
+    if not all(finished(config) for config in configs):
+        train.main(argv)
+    return {tuple(config[key] for key in ("data", "target", "loss", "seed")):
+            (root / train.name(config), run.load(root / train.name(config))) for config in configs}
 
 
-def cell(results, name):
+def sampled(args, runs, steps):
+    """Draw what is missing of the samples of runs -> {key: metrics.json}; the points are in <run>/steps-<steps>/."""
+    folder = lambda key: runs[key][0] / (f"steps-{steps}" + (f"-{args.num_samples}" if args.num_samples != 10_000 else ""))
+
+    def current(key):
+        made = folder(key) / "metrics.json"
+        return made.exists() and made.stat().st_mtime >= (runs[key][0] / "ckpt.pt").stat().st_mtime
+    device, start, done = run.device(args.device), time.perf_counter(), 0
+    missing = [key for key in runs if not current(key)]
+    for seed in sorted({key[3] for key in missing}):     # the sampling noise differs between seeds too
+        keys = [key for key in missing if key[3] == seed]
+        for group in sample.in_stacks([(key, runs[key][1]) for key in keys], device):
+            before = time.perf_counter()
+            points = sample.draw([state for _, state in group], steps, args.num_samples, seed, device)
+            seconds = (time.perf_counter() - before) / len(group)
+            for (key, state), x in zip(group, points):
+                sample.save(folder(key), state, x, steps=steps, sampling_seed=seed, device=str(device), seconds=seconds)
+            done += len(group)
+            left = (time.perf_counter() - start) / done * (len(missing) - done)
+            print(f"sampling in {steps} steps: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
+    return {key: {**json.loads((folder(key) / "metrics.json").read_text()), "folder": folder(key)} for key in runs}
+
+
+@functools.cache
+def judging_points(data, t_min=1e-3):
+    """The points on which every model of a set is judged: z, eps (50,000, 2), t (50,000,) uniform in log-SNR, a factor.
+
+    The exact NELBO, the mean of -1/2 dlogsnr/dt (eps_hat - eps)^2 over t ~ U(t_min, 1 - t_min), is the factor times the mean
+    of the squared error alone when log-SNR is uniform: the weight is gone, and most of the variance (VDM 4.6).
+    """
+    schedule, x, g = ddpm.SCHEDULES["cosine"], train.test_set(data), run.generator("cpu", "judge")
+    low, high = schedule.logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64))
+    logsnr = low + (high - low) * losses.sample_t((len(x),), 0.0, g, torch.float64)
+    t = (2 / math.pi * torch.atan(torch.exp(-logsnr / 2))).float()           # the inverse of the cosine schedule's logsnr
+    eps = torch.randn(x.shape, generator=g)
+    return ddpm.q_sample(x, t, eps, schedule), t, eps, (0.5 * (high - low) / (1 - 2 * t_min)).item()
+
+
+@torch.no_grad()
+def exact_nelbo(model, target, data, stabiliser=0.0):
+    """Terms whose mean is the exact NELBO of any model in nats per dimension -> (50,000,)."""
+    (z, t, eps, factor), schedule = judging_points(data), ddpm.SCHEDULES["cosine"]
+    alpha, sigma = ddpm.expand(schedule.alpha(t), z), ddpm.expand(schedule.sigma(t), z)
+    eps_hat = targets.to_eps(target, model(z, t), z, alpha, sigma, stabiliser)
+    return factor * (eps_hat - eps).square().mean(1)
+
+
+def cell(values):
     """Mean and, of more than one seed, standard deviation (n - 1)."""
-    values = [r[name] for r in results]
-    return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    mean = statistics.mean(values)
+    digits = 3 if mean < 100 else 0
+    return f"{mean:.{digits}f}" + (f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def gap(results):
-    """Mean log-density of the samples minus that of the data, in nats: 0 is right, more is too sharp."""
-    return cell([{"gap": r["log_density"] - r["log_density_data"]} for r in results], "gap")
+def floor(result, name):
+    return "{mean:.3f} +- {std:.3f}".format(**result[f"{name}_floor"])
 
 
-def floor(results, name):
-    return "{mean:.3f} +- {std:.3f}".format(**results[0][f"{name}_floor"])
+def rows(header, lines):
+    """Markdown."""
+    return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines]] + [""]
 
 
-def moments(args):
-    yield "| data | target | test loss | best possible | mean dist. | floor | thesis | covar. dist. | floor | thesis |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for (data, target), thesis in THESIS.items():
-        results = [result(args, data, target, seed, 512) for seed in range(args.seeds)]
-        row = [data, target, cell(results, "test_loss"), f"{results[0]['optimum']:.3f}"]
-        for name, value in zip(DISTANCES, thesis):
-            row += [cell(results, name), floor(results, name), f"{value:.3f}"]
-        yield "| " + " | ".join(row) + " |"
+def table4_1(args):
+    stabilised, exact = trained(args, STABILISED), trained(args, EXACT)
+    results = sampled(args, stabilised, STEPS[-1])
+    seeds, text = range(args.seeds), []
+    for title, loss, column in (("NELBO, stabilised as in the thesis (`nelbo_stable`)", "nelbo_stable", 0),
+                                ("Weighted loss (`mse`)", "mse", 3)):
+        lines = []
+        for (data, target), thesis in THESIS.items():
+            runs = [results[data, target, loss, seed] for seed in seeds]
+            line = [data, target, f"{thesis[column]:.3f}", cell([r["test_loss"] for r in runs]), f"{runs[0]['optimum']:.3f}"]
+            for name, value in zip(DISTANCES, thesis[column + 1:]):
+                line += [f"{value:.3f}", cell([r[name] for r in runs]), floor(runs[0], name)]
+            lines.append(line)
+        text += [f"**{title}**", ""] + rows(["data", "target", "test loss: thesis", "ours", "best possible", "mean dist.: thesis",
+                                             "ours", "floor", "covar. dist.: thesis", "ours", "floor"], lines)
+    lines, errors = [], []
+    for data, target in THESIS:
+        best = exact_nelbo(DATASETS[data].optimal_model("eps", ddpm.SCHEDULES["cosine"]), "eps", data)
+        errors.append(best.std().item() / len(best)**0.5)
+        line = [data, target]
+        for source, loss in (stabilised, "mse"), (stabilised, "nelbo_stable"), (exact, "nelbo"):
+            values = []
+            for _, state in (source[data, target, loss, seed] for seed in seeds):
+                model, config = train.build_model(state["config"]), state["config"]
+                model.load_state_dict(state["model"])
+                values.append(exact_nelbo(model, target, data, config["stabiliser"]).mean().item())
+            line.append(cell(values))
+        lines.append([*line, f"{best.mean():.3f}"])
+    text += ["**Exact NELBO of every model, whatever it was trained on**, nats per dimension, t in [0.001, 0.999]", ""]
+    text += rows(["data", "target", "trained with `mse`", "with `nelbo_stable`", "with `nelbo`", "best possible"], lines)
+    text += [f"All models of a set are judged on the same 50,000 points, t uniform in log-SNR; the standard error of the level is "
+             f"at most {max(errors):.3f}, that of differences less.", ""]
+    training = sum(state["history"][-1]["seconds"] for runs in (stabilised, exact) for _, state in runs.values())
+    sampling = sum(result["seconds"] for result in results.values())
+    text += [f"{len(stabilised) + len(exact)} networks, {args.epochs} epochs, {args.seeds} seeds; training {training / 60:.1f} "
+             f"min, sampling {sampling / 60:.1f} min. {args.num_samples:,} samples in {STEPS[-1]} steps against 50,000 points of the "
+             "data; mean +- standard deviation over the seeds."]
+    return text
 
 
 def steps(args):
+    runs = {key: value for key, value in trained(args, STABILISED, ["rings"]).items()
+            if key[1] in ("x", "v") and key[2] == "mse"}
     device, data, schedule = run.device(args.device), DATASETS["rings"], ddpm.SCHEDULES["cosine"]
-    real = train.test_set("rings")
-    yield "| steps | covar. dist.: x | v | exact denoiser | log-density gap: x | v | exact denoiser |"
-    yield "|---|---|---|---|---|---|---|"
-    for n in 2, 4, 8, 16, 32, 64, 128, 256, 512:
-        columns = [[result(args, "rings", target, seed, n) for seed in range(args.seeds)] for target in ("x", "v")]
-        exact = [ddpm.ancestral_sample(data.optimal_model("v", schedule), (10_000, 2), n, target="v", schedule=schedule,
-                                       generator=run.generator(device, seed, "sample")).cpu()
+    real, lines = train.test_set("rings"), []
+    for n in STEPS:
+        results = sampled(args, runs, n)
+        columns = [[r for key, r in results.items() if key[1] == target] for target in ("x", "v")]
+        exact = [ddpm.ancestral_sample(data.optimal_model("v", schedule), (args.num_samples, 2), n, target="v",
+                                       schedule=schedule, generator=run.generator(device, seed, "sample")).cpu()
                  for seed in range(args.seeds)]
         columns.append([{DISTANCES[1]: metrics.covariance_distance(x, real).item(),
                          "log_density": metrics.log_density(data, x).item(),
                          "log_density_data": columns[0][0]["log_density_data"]} for x in exact])
-        yield f"| {n} | " + " | ".join([cell(c, DISTANCES[1]) for c in columns] + [gap(c) for c in columns]) + " |"
-    yield "| floor |" + f" {floor(columns[0], DISTANCES[1])} |" * 3 + " 0 |" * 3
+        lines.append([str(n), *(cell([r[DISTANCES[1]] for r in c]) for c in columns),
+                      *(cell([r["log_density"] - r["log_density_data"] for r in c]) for c in columns)])
+    lines.append(["floor"] + 3 * [floor(columns[0][0], DISTANCES[1])] + 3 * ["0"])
+    return rows(["steps", "covar. dist.: x", "v", "exact denoiser", "log-density gap: x", "v", "exact denoiser"], lines) + [
+        f"Rings, `mse`, {args.epochs} epochs, {args.seeds} seeds. {args.num_samples:,} samples against 50,000 points of the "
+        "data; mean +- standard deviation over the seeds."]
 
 
-TABLES = {"moments": moments, "steps": steps}
+def fig3_2(args, path):
+    t = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    plots.over_time({name: schedule.logsnr(t) for name, schedule in ddpm.SCHEDULES.items()}, t, path)
+
+
+def fig4_1(args, path):
+    plots.scatter({name: data.sample(50_000, run.generator("cpu", name)) for name, data in DATASETS.items()}, path, 50_000)
+
+
+def fig4_2(args, path):
+    times, panels = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0], {}
+    for name, data in DATASETS.items():
+        g = run.generator("cpu", name)
+        x, eps = data.sample(2000, g), torch.randn(2000, 2, generator=g)
+        for t in times:
+            z = ddpm.q_sample(x, torch.full((2000,), t), eps, ddpm.SCHEDULES["cosine"])
+            panels[name, f"t = {t}"] = z, ""
+    plots.point_grid(panels, path)
+
+
+def over_epochs(runs, loss, key, args):
+    """{data: {target: (values (seeds, epochs), optimum)}} of what the history calls `key`."""
+    optimum = key.replace("test", "optimum") if key != "test_loss" else "optimum"
+    return {data: {target: (np.array([[h[key] for h in runs[data, target, loss, seed][1]["history"]]
+                                      for seed in range(args.seeds)]),
+                            runs[data, target, loss, 0][1]["history"][-1][optimum]) for target in TARGETS}
+            for data in DATASETS}
+
+
+def fig4_8(args, path):
+    runs = trained(args, STABILISED)
+    plots.loss_curves({"weighted test loss": over_epochs(runs, "mse", "test_loss", args),
+                       "rescaled test loss": over_epochs(runs, "mse", "test_rescaled", args)}, path)
+
+
+def fig4_9(args, path):
+    stabilised, exact = trained(args, STABILISED), trained(args, EXACT)
+    plots.loss_curves({"stabilised NELBO": over_epochs(stabilised, "nelbo_stable", "test_loss", args),
+                       "exact NELBO": over_epochs(exact, "nelbo", "test_loss", args)}, path)
+
+
+def fig4_10(args, path):
+    t, schedule = torch.linspace(0.001, 0.999, 500, dtype=torch.float64), ddpm.SCHEDULES["cosine"]
+    plots.scalings({"exact, Table 3.2": {target: 2 * losses.weight("nelbo", target, t, schedule) for target in TARGETS},
+                    "stabilised, d = 0.01": {target: losses.weight("nelbo_stable", target, t, schedule) for target in TARGETS}},
+                   t, path)
+
+
+def fig4_11(args, path):
+    """Variance over samples at equal t, in 20 bins of t: E[e^2] - E[e]^2 of the squared error e."""
+    variance = lambda e, t: losses.over_t(e**2, t, 1e-6) - losses.over_t(e, t, 1e-6)**2
+    runs, panels = trained(args, STABILISED), {}
+    for data, target in THESIS:
+        curves = []
+        for seed in range(args.seeds):
+            state = runs[data, target, "mse", seed][1]
+            model, (z, t, y, _) = train.build_model(state["config"]), train.test_batch(state["config"])
+            model.load_state_dict(state["model"])
+            with torch.no_grad():
+                curves.append(variance(losses.weighted_error(model(z, t), y, torch.ones_like(t)), t))
+        best = variance(train.optimal_errors(data, target, "cosine", 1e-6, 0.01), t)
+        panels.setdefault(data, []).append((target, target, torch.stack(curves), best))
+    plots.over_t(panels, "variance of the weighted loss", path)
+
+
+def fig4_12(args, path):
+    results, panels = sampled(args, trained(args, STABILISED), STEPS[-1]), {}
+    for (data, target), loss in itertools.product(THESIS, ("mse", "nelbo_stable")):
+        points = np.load(results[data, target, loss, 0]["folder"] / "samples.npy")[:2000]
+        panels[data, f"{target}, {'weighted' if loss == 'mse' else 'NELBO'}"] = points, ""
+    columns = [f"{target}, {loss}" for loss in ("weighted", "NELBO") for target in TARGETS]
+    plots.point_grid({(data, column): panels[data, column] for data in DATASETS for column in columns}, path)
+
+
+def over_steps(data):
+    def figure(args, path):
+        runs, panels = {k: v for k, v in trained(args, STABILISED, [data]).items() if k[3] == 0}, {}
+        for n in STEPS:
+            for (_, target, loss, _), result in sampled(args, runs, n).items():
+                row = f"{target}, {'weighted' if loss == 'mse' else 'NELBO'}"
+                panels[row, f"{n} steps"] = (np.load(result["folder"] / "samples.npy")[:2000],
+                                             "{mean_distance:.2f}, {covariance_distance:.2f}".format(**result))
+        rows = [f"{target}, {loss}" for loss in ("weighted", "NELBO") for target in TARGETS]
+        plots.point_grid({(row, f"{n} steps"): panels[row, f"{n} steps"] for row in rows for n in STEPS}, path)
+    return figure
+
+
+def loss_over_t(data):
+    def figure(args, path):
+        runs, panels = trained(args, STABILISED, [data]), {}
+        t = train.test_batch(runs[data, "x", "mse", 0][1]["config"])[1]
+        for target in TARGETS:
+            best = losses.over_t(train.optimal_errors(data, target, "cosine", 1e-6, 0.01), t, 1e-6)
+            histories = [runs[data, target, "mse", seed][1]["history"] for seed in range(args.seeds)]
+            panels[target] = [(f"epoch {epoch}", target, torch.tensor([h[epoch - 1]["train_loss_over_t"] for h in histories]),
+                               best) for epoch in (1, max(1, args.epochs // 10), args.epochs)]
+        plots.over_t(panels, f"weighted train loss, {data}", path)
+    return figure
+
+
+# name: (function, what it is, what to see in it). A function of (args) returns the lines of a table, of (args, path) draws.
+RESULTS = {
+    "table4.1":  (table4_1, "loss and sample quality of every set, target and loss",
+                  "trained models lie at the best possible loss, as the thesis's do; judged by one exact NELBO, "
+                  "the targets change places"),
+    "steps":     (steps, "what more sampling steps do, x and v on the rings",
+                  "beyond 64 steps x draws the rings thinner and thinner, v does not"),
+    "fig3.2":    (fig3_2, "log-SNR of the three schedules", "the cosine falls most evenly, and is infinite at both ends"),
+    "fig4.1":    (fig4_1, "the four sets, 50,000 points each", "mean 0 and variance 1 per axis, for all four"),
+    "fig4.2":    (fig4_2, "their diffusion with the cosine schedule", "at t = 0.4 the shape is gone, at t = 1 all are one Gaussian"),
+    "fig4.8":    (fig4_8, "weighted and rescaled test losses over epochs", ""),
+    "fig4.9":    (fig4_9, "NELBO over epochs, stabilised as in the thesis and exact", ""),
+    "fig4.10":   (fig4_10, "SNR scalings 1/w(t), exact and stabilised", ""),
+    "fig4.11":   (fig4_11, "variance of the weighted loss over t", ""),
+    "fig4.12":   (fig4_12, "2,000 samples at 512 steps, every set, target and loss", ""),
+    "fig4.13":   (over_steps("rings"), "samples of the rings at 2 to 512 steps", ""),
+    "fig4.14":   (loss_over_t("rings"), "weighted train loss over t at three epochs, rings", ""),
+    "appendix1": (loss_over_t("clusters"), "the same for the clusters", ""),
+    "appendix2": (loss_over_t("swiss_roll"), "the same for the Swiss roll", ""),
+    "appendix3": (loss_over_t("waves"), "the same for the waves", ""),
+    "appendix4": (over_steps("clusters"), "samples of the clusters at 2 to 512 steps", ""),
+    "appendix5": (over_steps("swiss_roll"), "samples of the Swiss roll at 2 to 512 steps", ""),
+    "appendix6": (over_steps("waves"), "samples of the waves at 2 to 512 steps", ""),
+}
+
+
+def write_index(out):
+    """README.md of the results folder from index.json: the pictures that are there, what to see, command, time, machine."""
+    index, text = json.loads((out / "index.json").read_text()), ["# Results", ""]
+    for name, (_, title, see) in RESULTS.items():
+        if name in index:
+            made = f"`{index[name]['command']}`, {index[name]['seconds']:.0f} s on {index[name]['where']}."
+            text += [f"## {name}: {title}", "", f"{see[:1].upper()}{see[1:]}. {made}", "",
+                     f"![{name}]({name}.png)" if (out / f"{name}.png").exists() else f"[{name}.md]({name}.md)", ""]
+    run.write(out / "README.md", "\n".join(text).encode())
+
+
+def make(name, args):
+    """One table or figure, and its line in the index."""
+    function, start, out = RESULTS[name][0], time.perf_counter(), Path(args.out)
+    device = run.device(args.device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    defaults = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
+    command = f"python reproduce.py {name}" + "".join(f" --{key.replace('_', '-')} {getattr(args, key)}"
+                                                      for key, value in defaults.items() if getattr(args, key) != value)
+    if function in (table4_1, steps):
+        lines = function(args) + ["", f"`{command}`, torch {torch.__version__}, {where}."]
+        print("\n" + "\n".join(lines) + "\n")
+        run.write(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
+    else:
+        function(args, out / f"{name}.png")
+    index = json.loads((out / "index.json").read_text()) if (out / "index.json").exists() else {}
+    index[name] = dict(command=command, seconds=time.perf_counter() - start, where=where)
+    run.write(out / "index.json", json.dumps(index, indent=1).encode())
+    write_index(out)
+    print(f"wrote {out / name}.{'md' if function in (table4_1, steps) else 'png'}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python reproduce.py {moments,steps} [options], see --help")
-    parser.add_argument("table", choices=TABLES, help="which table")
+    names = "\n".join(f"  {name:10s} {title}" for name, (_, title, _) in RESULTS.items())
+    parser = argparse.ArgumentParser(description=f"{__doc__}\n{names}\n  all        all of these",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python reproduce.py NAME [options], see --help")
+    parser.add_argument("name", choices=[*RESULTS, "all"], metavar="NAME", help="one of the above")
     parser.add_argument("--seeds", type=run.number(int, 1), default=3, help="runs with seeds 0, 1, ... (3)")
     parser.add_argument("--epochs", type=run.number(int, 1), default=100, help="of each run (100)")
+    parser.add_argument("--num-samples", type=run.number(int, 2000), default=10_000, help="of each run (10000)")
+    parser.add_argument("--quick", action="store_true", help="--seeds 1 --epochs 20 --num-samples 2500")
     parser.add_argument("--runs", default="runs", help="folder of the runs (runs)")
-    parser.add_argument("--out", default="results", help="folder of the tables (results)")
+    parser.add_argument("--out", help="folder of the results (results; runs/results if anything above is not the default)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     args = parser.parse_args(argv)
-    lines = list(TABLES[args.table](args))
-    device = run.device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
-    lines += ["", f"`python reproduce.py {args.table} --seeds {args.seeds} --epochs {args.epochs}`, "
-              f"torch {torch.__version__} on {name}. 10,000 samples against 50,000 points of the data; "
-              "mean +- standard deviation over the seeds."]
-    text = "\n".join(lines) + "\n"
-    print("\n" + text)
-    run.write(Path(args.out) / f"{args.table}.md", text.encode())
+    if args.quick:
+        args.seeds, args.epochs, args.num_samples = 1, 20, 2500
+    full = (args.seeds, args.epochs, args.num_samples) == (3, 100, 10_000)
+    args.out = args.out or ("results" if full else f"{args.runs}/results")
+    for name in RESULTS if args.name == "all" else [args.name]:
+        make(name, args)
 
 
 if __name__ == "__main__":

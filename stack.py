@@ -3,7 +3,9 @@
 Read `mlp.py` and `train.py` first. A stack of M networks is one network whose weights have a leading dimension M, and whose
 rows come in M equal blocks, block m for network m. Targets and weights of the losses are numbers per row, so members may
 differ in data, target, loss and seed; nothing they learn from mixes: the loss of the stack is the sum of theirs, Adam
-works element by element. On a CPU each member is bit for bit the network that training it alone gives.
+works element by element. So each member is the network that training it alone gives. On a CPU predictions and gradients
+are the same bits; torch's fused Adam rounds the last elements of a tensor (n modulo 8, here of the last bias) otherwise
+than the rest, so after some steps the weights differ by rounding.
 
 Not here: what is trained (`losses.regression`), and with which settings (`train.py`).
 
@@ -38,7 +40,7 @@ def member(state, i):
     return state[i:i + 1].detach().to("cpu", copy=True) if state.ndim else state.detach().to("cpu", copy=True)
 
 
-def in_chunks(model, members, rows=10_000):
+def in_chunks(model, members, rows):
     """The model, given about `rows` rows at a time, an equal part of each block: activations then fit in a CPU's cache."""
     def chunked(z, t):
         z, t = z.unflatten(0, (members, -1)), t.unflatten(0, (members, -1))

@@ -7,7 +7,7 @@
 
 Writes runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json, metrics.jsonl and loss.png. Noise, times and
 batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws. Members of
-a stack (`stack.py`) end in the same weights as alone.
+a stack (`stack.py`) become what they are alone, up to rounding.
 """
 import argparse
 import functools
@@ -161,6 +161,15 @@ def build_step(model, optimizer, members):
     return step
 
 
+def ready_step(model, optimizer, members, batch_size):
+    """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do."""
+    step, device = build_step(model, optimizer, members), next(model.parameters()).device
+    if device.type != "cuda":
+        return step
+    z, t = torch.zeros(members * batch_size, 2, device=device), torch.full((members * batch_size,), 0.5, device=device)
+    return stack.captured(step, model, optimizer, (z, t, z, t))
+
+
 def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
     """One pass of every network of a stack over its own data, a list of (n, 2), in random order.
 
@@ -244,11 +253,7 @@ def train_stack(runs, device, on_step, on_epoch):
     if states[0]:
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
                                    "param_groups": optimizer.state_dict()["param_groups"]})
-    step = build_step(model, optimizer, members)
-    if device.type == "cuda":
-        rows = members * shared["batch_size"]
-        z, t = torch.zeros(rows, 2, device=device), torch.full((rows,), 0.5, device=device)
-        step = stack.captured(step, model, optimizer, (z, t, z, t))
+    step = ready_step(model, optimizer, members, shared["batch_size"])
 
     steps, saved_at, saving = POINTS // shared["batch_size"], -math.inf, 0.0
     for epoch in range(len(histories[0]), shared["epochs"]):

@@ -1,55 +1,305 @@
-"""The tables: exact rows from files of known content, and nothing done twice."""
-import argparse
+"""Tables and figures from a small study: every cell and curve from the runs' own files, nothing done twice."""
 import json
 import os
+import re
+import statistics
 
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import losses
+import plots
 import reproduce
+import run
 import sample
 import train
+from datasets2d import DATASETS, GaussianMixture
+from ddpm import SCHEDULES
+from mlp import MLP
 
-VALUES = {"mean_distance": 0.01, "covariance_distance": 0.02, "log_density": -1.0, "log_density_data": -1.5,
-          "test_loss": 0.4, "optimum": 0.3, "epochs_trained": 5, "mean_distance_floor": {"mean": 0.005, "std": 0.001},
-          "covariance_distance_floor": {"mean": 0.006, "std": 0.002}}
+COSINE = SCHEDULES["cosine"]
+FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "fig4.8": "loss_curves", "fig4.9": "loss_curves",
+           "fig4.10": "scalings", "fig4.11": "over_t", "fig4.12": "point_grid", "fig4.13": "point_grid", "fig4.14": "over_t",
+           "appendix1": "over_t", "appendix2": "over_t", "appendix3": "over_t", "appendix4": "point_grid",
+           "appendix5": "point_grid", "appendix6": "point_grid"}
 
 
-def test_rows_and_caching(tmp_path, monkeypatch):
-    calls = []
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """`all` with two seeds and two epochs of a narrow network on 5,000 points, 2 and 16 steps -> (folder, drawn, call)."""
+    folder, drawn, patch = tmp_path_factory.mktemp("study"), {}, pytest.MonkeyPatch()
+    caches = train.optimal_errors, sample.floor, reproduce.judging_points
+    clear = lambda: [cache.cache_clear() for cache in caches]        # they hold sets of another size
+    clear()
+    patch.setattr(train, "POINTS", 5000)
+    patch.setattr(train, "build_model", lambda config, members=1: MLP(width=8, members=members))
+    patch.setattr(plots, "loss_curve", lambda *arguments: None)    # of every run: not what is tested here
+    patch.setattr(reproduce, "STEPS", [2, 16])
+    for name in set(FIGURES.values()):
+        def spy(*arguments, original=getattr(plots, name)):
+            drawn[arguments[2 if original.__name__ in ("over_time", "scalings", "over_t") else 1].stem] = arguments
+            return original(*arguments)
+        patch.setattr(plots, name, spy)
+    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu",
+                                        "--runs", str(folder / "runs"), "--out", str(folder / "results")])
+    call("all")
+    yield folder, drawn, call
+    patch.undo()
+    clear()
 
-    def fake_train(argv):
-        options = dict(zip(argv[::2], argv[1::2]))
-        calls.append(("train", options["--data"], options["--target"], options["--seed"], options["--epochs"]))
-        folder = tmp_path / f"{options['--data']}-{options['--target']}-mse-s{options['--seed']}"
-        folder.mkdir(exist_ok=True)
-        (folder / "ckpt.pt").touch()
 
-    def fake_sample(argv):
-        options = dict(zip(argv[::2], argv[1::2]))
-        calls.append(("sample", options["--steps"], options["--seed"]))
-        out = os.path.join(options["--out"], "metrics.json")
-        os.makedirs(options["--out"], exist_ok=True)
-        shift = 0.01 * int(options["--seed"])
-        with open(out, "w") as file:
-            json.dump({**VALUES, "mean_distance": 0.01 + shift, "log_density": -1.0 + shift}, file)
-    monkeypatch.setattr(train, "main", fake_train)
-    monkeypatch.setattr(sample, "main", fake_sample)
-    args = argparse.Namespace(runs=str(tmp_path), seeds=3, epochs=5, device="cpu")
+def history(folder, loss, data, target, seed):
+    kind = "exact" if loss == "nelbo" else "stabilised"
+    lines = (folder / "runs" / f"{kind}-2-epochs" / f"{data}-{target}-{loss}-s{seed}" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in lines.splitlines()]
 
-    lines = list(reproduce.moments(args))
-    assert len(lines) == 2 + 8 and len(calls) == 2 * 24
-    assert lines[2] == ("| clusters | eps | 0.400 +- 0.000 | 0.300 | 0.020 +- 0.010 | 0.005 +- 0.001 | 0.063 | "
-                        "0.020 +- 0.000 | 0.006 +- 0.002 | 0.143 |")
-    assert calls[:2] == [("train", "clusters", "eps", "0", "5"), ("sample", "512", "0")]
-    calls.clear()
-    assert list(reproduce.moments(args)) == lines and not calls                   # nothing twice
-    ckpt, made = tmp_path / "rings-v-mse-s1" / "ckpt.pt", tmp_path / "rings-v-mse-s1" / "steps-512" / "metrics.json"
-    os.utime(ckpt, (made.stat().st_mtime + 10,) * 2)                              # trained again since
-    assert reproduce.result(args, "rings", "v", 1, 512)["mean_distance"] == 0.02 and len(calls) == 2
-    ckpt.unlink()
-    calls.clear()
-    reproduce.result(args, "rings", "v", 1, 512)                                  # killed after --overwrite
-    reproduce.result(argparse.Namespace(**{**vars(args), "epochs": 7}), "rings", "v", 1, 512)
-    assert [c[0] for c in calls] == ["train", "sample"] * 2 and calls[2][-1] == "7"
-    results = [json.loads((tmp_path / f"waves-v-mse-s{s}" / "steps-512" / "metrics.json").read_text()) for s in range(3)]
-    assert reproduce.gap(results) == "0.510 +- 0.010" and reproduce.cell(results[:1], "optimum") == "0.300"
-    row = [line for line in lines if line.startswith("| waves | v")][0]
-    assert row.endswith("0.027 |") and "| 0.013 |" in row                         # the thesis's numbers
+
+def expected_cell(values):
+    mean, std = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    return f"{mean:.3f} +- {std:.3f}" if mean < 100 else f"{mean:.0f} +- {std:.0f}"
+
+
+def test_table_4_1_is_the_runs_own_numbers(study):
+    folder, _, _ = study
+    text = (folder / "results" / "table4.1.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[0] in DATASETS]
+    assert len(rows) == 48 and "python reproduce.py table4.1 --seeds 2 --epochs 2 --num-samples 2000" in text
+    for k, loss in enumerate(["nelbo_stable", "mse"]):
+        for row in rows[16 * k:16 * k + 16]:
+            data, target = row[:2]
+            last = [history(folder, loss, data, target, seed)[-1] for seed in range(2)]
+            thesis = reproduce.THESIS[data, target][3 * k:3 * k + 3]
+            assert [row[2], row[5], row[8]] == [f"{value:.3f}" for value in thesis]
+            assert row[3:5] == [expected_cell([h["test_loss"] for h in last]), f"{last[0]['optimum']:.3f}"]
+            made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"{data}-{target}-{loss}-s{seed}" / "steps-16-2000" /
+                                "metrics.json").read_text()) for seed in range(2)]
+            assert row[6] == expected_cell([m["mean_distance"] for m in made])
+            assert row[9] == expected_cell([m["covariance_distance"] for m in made])
+            assert row[7] == "{mean:.3f} +- {std:.3f}".format(**made[0]["mean_distance_floor"])
+            assert [m["sampling_seed"] for m in made] == [0, 1] and made[0]["steps"] == 16
+    for row in rows[32:]:
+        data, target = row[:2]
+        for column, loss in enumerate(["mse", "nelbo_stable", "nelbo"], 2):
+            values = []
+            for seed in range(2):
+                folder_of_run = folder / "runs" / f"{'exact' if loss == 'nelbo' else 'stabilised'}-2-epochs"
+                state = run.load(folder_of_run / f"{data}-{target}-{loss}-s{seed}")
+                model = train.build_model(state["config"])
+                model.load_state_dict(state["model"])
+                values.append(reproduce.exact_nelbo(model, target, data, state["config"]["stabiliser"]).mean().item())
+            assert row[column] == expected_cell(values)
+            assert statistics.mean(values) > float(row[5]) > 5
+
+
+def test_the_thesis_column_is_table_4_1():
+    """The losses are typed a second time in test_losses.py, the distances here, column by column."""
+    from test_losses import THESIS
+    distances = {0: [.1754, .0364, .0307, .2279, .2744, .0914, .0459, .2254, .1133, .0689, .0418, .1266, .1593, .0405, .0447, .0353],
+                 1: [.5746, .0706, .0409, .1498, .3807, .1107, .0718, .1563, .2645, .0941, .0598, .1972, .5559, .0757, .0738, .1369],
+                 2: [.4300, .0634, .0389, .2688, .2807, .0983, .0453, .2220, .5256, .0857, .0427, .0893, .1869, .0748, .0131, .0178],
+                 3: [.2715, .1430, .0363, .1633, .3974, .0366, .0088, .1637, .6875, .0824, .0269, .1227, .6911, .0778, .0271, .1676]}
+    for i, ((data, target), row) in enumerate(reproduce.THESIS.items()):
+        weighted, nelbo = THESIS[data][:4], THESIS[data][4:]
+        k = ["x", "eps", "v", "s"].index(target)
+        assert row == [nelbo[k], distances[0][i], distances[1][i], weighted[k], distances[2][i], distances[3][i]]
+        assert target == reproduce.TARGETS[i % 4] and data == list(DATASETS)[i // 4]
+
+
+def test_the_runs_have_the_thesiss_settings_and_the_exact_ones(study):
+    folder, _, _ = study
+    config = lambda name: json.loads((folder / "runs" / name / "config.json").read_text())
+    stabilised, exact = config("stabilised-2-epochs/rings-s-mse-s1"), config("exact-2-epochs/rings-s-nelbo-s1")
+    assert (stabilised["t_min"], stabilised["stabiliser"]) == (1e-6, 0.01) and (exact["t_min"], exact["stabiliser"]) == (1e-3, 0)
+    assert len(list((folder / "runs" / "stabilised-2-epochs").iterdir())) == 64
+    assert len(list((folder / "runs" / "exact-2-epochs").iterdir())) == 32
+
+
+def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys):
+    folder, _, call = study
+    text = (folder / "results" / "table4.1.md").read_text()
+
+    def never(*args, **kw):
+        raise AssertionError("done twice")
+    monkeypatch.setattr(train, "train_stack", never)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "draw", never)
+        call("table4.1"), call("fig4.12"), call("steps")
+        assert (folder / "results" / "table4.1.md").read_text() == text
+    made = folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1"
+    before = (made / "steps-16-2000" / "samples.npy").read_bytes()
+    os.utime(made / "ckpt.pt", ((made / "steps-16-2000" / "metrics.json").stat().st_mtime + 10,) * 2)  # trained again since
+    calls, original = [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda states, *rest: calls.append((len(states), *rest[:3])) or original(states, *rest))
+    call("table4.1")
+    assert calls == [(1, 16, 2000, 1)]
+    assert np.allclose(np.frombuffer(before[128:], np.float32), np.load(made / "steps-16-2000" / "samples.npy").ravel(), atol=1e-3)
+    (made / "ckpt.pt").unlink()
+    with pytest.raises(AssertionError, match="done twice"):
+        call("fig4.8")
+    monkeypatch.undo()
+    call("fig4.8")
+    assert "63 of 64 runs are finished already" in capsys.readouterr().out
+
+
+def test_the_table_of_steps(study):
+    folder, _, _ = study
+    rows = [line.split(" | ") for line in (folder / "results" / "steps.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| steps", "| ---", "| 2", "| 16", "| floor"]
+    made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"rings-x-mse-s{seed}" / "steps-2-2000" / "metrics.json").read_text())
+            for seed in range(2)]
+    assert rows[2][1] == expected_cell([m["covariance_distance"] for m in made])
+    gaps = [m["log_density"] - m["log_density_data"] for m in made]
+    assert rows[2][4].startswith(f"{sum(gaps) / 2:.3f} +- ")
+    exact = float(rows[3][3].split()[0]), float(rows[3][6].split()[0])
+    assert 0.08 < exact[0] < 0.2 and 0.1 < exact[1] < 0.25               # the exact denoiser at 16 steps
+
+
+def test_every_figure_is_drawn_and_indexed(study, capsys):
+    folder, drawn, _ = study
+    index = (folder / "results" / "README.md").read_text()
+    assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {"table4.1", "steps"}
+    for name in FIGURES:
+        assert (folder / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"![{name}]({name}.png)" in index and f"`python reproduce.py {name} --seeds 2" in index
+    assert "[table4.1.md](table4.1.md)" in index and index.count(" s on cpu, ") == 18
+    assert all(title and see for _, title, see in reproduce.RESULTS.values())
+    assert plots.plt.get_fignums() == []
+
+
+def test_what_the_loss_figures_show(study):
+    folder, drawn, _ = study
+    weighted, rescaled = drawn["fig4.8"][0].values()
+    stable, exact = drawn["fig4.9"][0].values()
+    for rows, key, loss in ((weighted, "test_loss", "mse"), (rescaled, "test_rescaled", "mse"),
+                            (stable, "test_loss", "nelbo_stable"), (exact, "test_loss", "nelbo")):
+        for data, target in reproduce.THESIS:
+            histories = [history(folder, loss, data, target, seed) for seed in range(2)]
+            values, optimum = rows[data][target]
+            assert values.tolist() == [[h[key] for h in one] for one in histories]
+            assert optimum == histories[0][0][key.replace("test", "optimum") if key != "test_loss" else "optimum"]
+            assert (values > optimum).all()
+    panels = drawn["appendix2"][0]
+    for target in reproduce.TARGETS:
+        (first, _, values, best), *_, last = panels[target]
+        assert (first, last[0]) == ("epoch 1", "epoch 2")
+        assert values.tolist() == torch.tensor([history(folder, "mse", "swiss_roll", target, seed)[0]["train_loss_over_t"]
+                                                for seed in range(2)]).tolist()
+        errors = train.optimal_errors("swiss_roll", target, "cosine", 1e-6, 0.01)
+        assert abs(best.mean() / errors.mean() - 1) < 0.01           # bins of equal size
+
+
+def test_what_the_variance_figure_shows(study):
+    folder, drawn, _ = study
+    label, target, values, best = drawn["fig4.11"][0]["waves"][2]
+    assert label == target == "v" and values.shape == (2, 20)
+    state = run.load(folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1")
+    model = train.build_model(state["config"])
+    model.load_state_dict(state["model"])
+    z, t, y, _ = train.test_batch(state["config"])
+    for errors, curve in ((model(z, t) - y).square().mean(1).detach(), values[1]), \
+            (train.optimal_errors("waves", "v", "cosine", 1e-6, 0.01), best):
+        inside = (t > 0.55) & (t < 0.6)
+        assert_close(curve[11], errors[inside].var(correction=0), rtol=0.02, atol=0)
+
+
+def test_what_the_pictures_of_points_show(study):
+    folder, drawn, _ = study
+    root = folder / "runs" / "stabilised-2-epochs"
+    panels = drawn["fig4.12"][0]
+    assert len(panels) == 32
+    assert np.array_equal(panels["rings", "s, NELBO"][0], np.load(root / "rings-s-nelbo_stable-s0/steps-16-2000/samples.npy")[:2000])
+    assert np.array_equal(panels["waves", "x, weighted"][0], np.load(root / "waves-x-mse-s0/steps-16-2000/samples.npy")[:2000])
+    panels = drawn["appendix4"][0]
+    assert len(panels) == 16
+    points, text = panels["v, NELBO", "2 steps"]
+    made = json.loads((root / "clusters-v-nelbo_stable-s0/steps-2-2000/metrics.json").read_text())
+    assert text == f"{made['mean_distance']:.2f}, {made['covariance_distance']:.2f}"
+    assert np.array_equal(points, np.load(root / "clusters-v-nelbo_stable-s0/steps-2-2000/samples.npy")[:2000])
+    panels = drawn["fig4.2"][0]
+    x, z = panels["rings", "t = 0.0"][0], panels["rings", "t = 1.0"][0]
+    assert DATASETS["rings"].log_prob(x).mean() > -2 and abs(z.std() - 1) < 0.05
+    assert abs((x * z).mean()) < 0.05 and abs((x * panels["rings", "t = 0.4"][0]).mean() - np.cos(0.2 * np.pi)) < 0.05
+
+
+def test_what_the_analytic_figures_show(study):
+    _, drawn, _ = study
+    curves, t, _ = drawn["fig3.2"]
+    assert_close(curves["cosine"], 2 * torch.log(torch.cos(torch.pi * t / 2) / torch.sin(torch.pi * t / 2)))
+    exact, stabilised = drawn["fig4.10"][0].values()
+    alpha, sigma = torch.cos(torch.pi * t / 2), torch.sin(torch.pi * t / 2)
+    assert_close(exact["x"], torch.pi * alpha / sigma**3)            # -SNR', Eq. (3.22)
+    assert_close(exact["s"], torch.pi * sigma / alpha)
+    assert_close(stabilised["x"], alpha / (sigma**3 + 0.01))
+
+
+def test_the_exact_nelbo_is_the_loss_with_t_uniform(monkeypatch):
+    """Two estimates of one integral, and the same for every target of the exact denoiser."""
+    g = torch.Generator().manual_seed(0)
+    x = DATASETS["rings"].sample(200_000, g)
+    t, eps = losses.sample_t((200_000,), generator=g), torch.randn(200_000, 2, generator=g)
+    torch.manual_seed(1)
+    model = MLP(width=32)
+    for target, d in ("eps", 0.0), ("s", 0.3), ("v", 0.0):
+        terms = reproduce.exact_nelbo(model, target, "rings", d)
+        uniform = losses.loss(model, x, t, eps, target=target, loss="nelbo", schedule=COSINE, stabiliser=d).detach()
+        error = (terms.var() / len(terms) + uniform.var() / len(uniform)).sqrt()
+        assert abs(terms.mean() - uniform.mean()) < 4 * error and error < 0.1 * terms.mean()
+    best = [reproduce.exact_nelbo(DATASETS["clusters"].optimal_model(target, COSINE, d), target, "clusters", d)
+            for target, d in (("x", 0.0), ("eps", 0.0), ("s", 0.01))]
+    for terms in best[1:]:
+        assert_close(terms, best[0], rtol=0.02, atol=0.02)
+    assert abs(best[0].mean() - 5.53) < 3 * best[0].std() / len(best[0])**0.5           # ERRATA.md of the clusters, float64
+    normal = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    monkeypatch.setitem(DATASETS, "normal", normal)
+    terms = reproduce.exact_nelbo(normal.optimal_model("v", COSINE), "v", "normal")
+    half_range = -torch.log(torch.tan(torch.tensor(0.001 * torch.pi / 2))).item()  # 1/2 integral of sigmoid over log-SNR
+    assert abs(terms.mean() - half_range / 0.998) < 4 * terms.std() / len(terms)**0.5
+
+
+@pytest.mark.parametrize("target, loss", [("eps", "mse"), ("x", "nelbo_stable"), ("s", "nelbo"), ("v", "rescaled")])
+def test_nothing_lies_below_the_optimum_by_more_than_its_monte_carlo_error(target, loss):
+    """The exact denoiser against itself, pushed a little in any direction: every push costs."""
+    config = dict(data="waves", target=target, loss=loss, schedule="cosine", t_min=1e-3, stabiliser=0.01)
+    z, t, y, weights = train.test_batch(config)
+    best = train.optimal_errors("waves", target, "cosine", 1e-3, 0.01)
+    exact = DATASETS["waves"].optimal_model(target, COSINE, 0.01)(z, t)
+    torch.manual_seed(0)
+    for push in 0.05 * exact, -0.05 * exact, 0.1 * z, 0.1 * MLP(width=32)(z, t).detach(), 0.1 * torch.sin(5 * z):
+        excess = (losses.weighted_error(exact + push, y, torch.ones_like(t)) - best)[:, None] * weights
+        error = excess.std(0) / len(t)**0.5
+        cost = (push.square().mean(1)[:, None] * weights).mean(0)    # the errors of the exact denoiser are orthogonal to it
+        assert (excess.mean(0) > -3 * error).all() and ((excess.mean(0) - cost).abs() < 4 * error).all()
+    assert_close(train.optimum(config, weights), (best[:, None] * weights).mean(0))
+
+
+def test_quick_and_other_settings_do_not_touch_the_results(monkeypatch):
+    made = []
+    monkeypatch.setattr(reproduce, "make", lambda name, args: made.append((name, args.out, args.seeds, args.epochs, args.num_samples)))
+    reproduce.main(["table4.1", "--quick"]), reproduce.main(["fig4.8"]), reproduce.main(["fig4.8", "--epochs", "3", "--runs", "a"])
+    assert made == [("table4.1", "runs/results", 1, 20, 2500), ("fig4.8", "results", 3, 100, 10_000), ("fig4.8", "a/results", 3, 3, 10_000)]
+    made.clear()
+    reproduce.main(["all"])
+    assert [name for name, *_ in made] == list(reproduce.RESULTS)
+
+
+@pytest.mark.parametrize("arguments, message", [(["table4.2"], "invalid choice: 'table4.2' .choose from .*table4.1.*appendix6"),
+                                                (["fig4.8", "--seeds", "0"], "must be at least 1"), ([], "required")])
+def test_wrong_arguments_exit_with_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(arguments)
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_help_lists_every_name(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {re.escape(name)} +{re.escape(title)}$", out, re.M) for name, (_, title, _) in reproduce.RESULTS.items())
+
+
+def test_cells():
+    assert reproduce.cell([1.0, 3.0]) == "2.000 +- 1.414" and reproduce.cell([0.12345]) == "0.123"
+    assert reproduce.cell([150.0, 250.0]) == "200 +- 71"

@@ -68,6 +68,26 @@ def test_sampling_is_the_checkpoints_own_model_schedule_and_target(tmp_path):
     assert np.array_equal(np.load(tmp_path / "samples.npy"), expected.numpy())
 
 
+def test_the_grid_of_steps_has_its_own_t_min(trained, tmp_path):
+    """That of training, at least 0.001: eps of a run trained down to 1e-6 would divide by alpha = 1.6e-6."""
+    state = run.load(trained)
+    state["config"]["t_min"] = 1e-6
+    run.save(tmp_path / "ckpt.pt", state)
+    model = train.build_model(state["config"])
+    model.load_state_dict(state["model"])
+    for extra, t_min in ([], 1e-3), (["--t-min", "0.02"], 0.02):
+        draw(tmp_path, "--steps", "3", "--num-samples", "20", *extra)
+        expected = ddpm.ancestral_sample(model, (20, 2), 3, target="v", schedule=ddpm.SCHEDULES["cosine"], t_min=t_min,
+                                         generator=run.generator("cpu", 0, "sample"))
+        assert np.allclose(np.load(tmp_path / "samples.npy"), expected.numpy(), atol=1e-6)
+
+
+def test_two_runs_of_one_name_do_not_share_a_folder(trained, tmp_path):
+    with pytest.raises(SystemExit, match="two of these runs have one name .* leave it out"):
+        sample.main(["--ckpt", str(trained), str(trained / "ckpt.pt"), "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_newest_run_is_the_default_and_its_folder_the_output(trained, capsys, monkeypatch):
     older = trained.parent / "waves-eps-mse-s9"
     older.mkdir()
@@ -127,7 +147,7 @@ def test_a_target_that_the_code_lost_is_one_sentence(trained, tmp_path):
 
 def test_a_diverged_model_is_one_sentence(trained, tmp_path):
     state = run.load(trained)
-    state["model"]["layers.6.bias"][:] = float("nan")
+    state["model"]["biases.6"][:] = float("nan")
     run.save(tmp_path / "ckpt.pt", state)
     with pytest.raises(SystemExit, match="not finite"):
         draw(tmp_path, "--steps", "2", "--num-samples", "10")

@@ -1,0 +1,56 @@
+"""What the figures draw, read back from matplotlib."""
+import numpy as np
+import pytest
+import torch
+
+import plots
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda fig, path: figures.append(fig))
+    yield figures
+    plots.plt.close("all")
+
+
+def test_curves_are_means_with_a_band_of_one_standard_deviation_and_the_optimum_dashed(saved):
+    values = np.array([[4.0, 1.0], [6.0, 3.0], [8.0, 2.0]])
+    curves = {target: (values * (i + 1), 0.5) for i, target in enumerate(["x", "eps", "v", "s"])}
+    plots.loss_curves({"a": dict.fromkeys(["p", "q", "r", "t"], curves), "b": dict.fromkeys(["p", "q", "r", "t"], curves)}, "path")
+    axes = saved[0].axes
+    assert len(axes) == 8 and len({ax.get_ylim() for ax in axes[:4]}) == 1 and {ax.get_yscale() for ax in axes} == {"log"}
+    mean, dashed = axes[0].lines[:2]
+    assert mean.get_ydata().tolist() == [6.0, 2.0] and mean.get_xdata().tolist() == [1, 2]
+    assert dashed.get_linestyle() == "--" and list(dashed.get_ydata()) == [0.5, 0.5]
+    band = axes[0].collections[0].get_paths()[0].vertices
+    assert sorted({tuple(v) for v in band.round(6)}) == [(1, 4), (1, 8), (2, 1), (2, 3)]
+    assert [line.get_color() for line in axes[5].lines[::2]] == [plots.COLOURS[target] for target in curves]
+
+
+def test_one_seed_has_a_band_of_no_width(saved):
+    plots.loss_curves({"a": {data: {"x": (np.array([[2.0, 1.0]]), 0.5)} for data in "pqrt"}}, "path")
+    band = saved[0].axes[0].collections[0].get_paths()[0].vertices
+    assert set(band[:, 1]) == {1.0, 2.0}
+
+
+def test_curves_over_t_stand_at_the_middle_of_their_bins(saved):
+    values, best = torch.ones(2, 4) * torch.tensor([[1.0], [3.0]]), torch.full((4,), 0.5)
+    plots.over_t({"x": [("epoch 1", "x", values, best), ("epoch 9", "x", values + 1, best)],
+                  "v": [("epoch 1", "v", values, best)]}, "label", "path")
+    first, dashed, last, _ = saved[0].axes[0].lines
+    assert first.get_xdata().tolist() == [0.125, 0.375, 0.625, 0.875] and first.get_ydata().tolist() == 4 * [2.0]
+    assert last.get_ydata().tolist() == 4 * [3.0] and first.get_alpha() < last.get_alpha() == 1
+    assert dashed.get_ydata().tolist() == 4 * [0.5] and saved[0].axes[0].get_ylim() == saved[0].axes[1].get_ylim()
+
+
+def test_panels_of_points_share_their_axes_and_stand_in_their_place(saved):
+    points = {(row, column): (np.full((3, 2), 10 * i + j), f"{i} {j}") for i, row in enumerate(["x, a", "v, b"])
+              for j, column in enumerate(["2 steps", "4 steps", "8 steps"])}
+    plots.point_grid(points, "path")
+    axes = saved[0].axes
+    assert [ax.collections[0].get_offsets()[0, 0] for ax in axes] == [0, 1, 2, 10, 11, 12]
+    assert {ax.get_xlim() for ax in axes} == {(-3, 3)} and axes[4].get_xlabel() == "1 1" and axes[3].get_ylabel() == "v, b"
+    colours = [tuple(ax.collections[0].get_facecolor()[0, :3]) for ax in axes]
+    assert colours[0] == plots.matplotlib.colors.to_rgb(plots.COLOURS["x"])
+    assert colours[5] == plots.matplotlib.colors.to_rgb(plots.COLOURS["v"])
