@@ -4,7 +4,8 @@
     python bench.py --device cpu --width 256
 
 All loops train the same network on the same points with the same batch size and optimiser; rounds alternate and the
-median counts. Times are per network and step: that of a stack of 8 (96 on CUDA, captured) is divided by 8. Peak memory is the process's resident set on a CPU and torch's allocations on CUDA.
+median counts. Times are per network and step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by
+their number. Peak memory is the process's resident set on a CPU and torch's allocations on CUDA.
 """
 import argparse
 import resource
@@ -84,13 +85,18 @@ def main(argv=None):
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True, drop_last=True)
     data = data.to(device)
-    our_step = train.build_step(ours, our_optimizer, 1)                                    # eager, also on CUDA
+    our_step = train.build_step(ours, our_optimizer, 1)
     many_step = train.ready_step(many, many_optimizer, len(members), args.batch_size)
 
-    loops = {"train.py": lambda: train.train_epoch(our_step, our_optimizer, [data], 0, [config]),
+    loops = {"train.py": lambda: train.train_epoch(our_step, our_optimizer, [data], 0, [config]),     # eager, also on CUDA
              "plain": lambda: plain_epoch(plain, plain_optimizer, loader, device),
              "network alone": lambda: network_epoch(ours, data, config),
              stacked: lambda: train.train_epoch(many_step, many_optimizer, len(members) * [data], 0, members)}
+    if device.type == "cuda":                               # what train.py does with one network there
+        alone = train.build_model(config).to(device)
+        alone_optimizer = train.build_optimizer(alone, config)
+        alone_step = train.ready_step(alone, alone_optimizer, 1, args.batch_size)
+        loops["captured"] = lambda: train.train_epoch(alone_step, alone_optimizer, [data], 0, [config])
     times = {name: [] for name in loops}
     for _ in range(args.rounds + 1):
         for name, loop in loops.items():

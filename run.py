@@ -5,6 +5,7 @@ under a temporary name and then renamed: a kill or a full disk at any moment lea
 the user ends in SystemExit with one sentence: exit code 1, no traceback.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import os
@@ -72,6 +73,17 @@ def load(path):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not keys <= checkpoint.keys():
         raise SystemExit(f"{path} is not a checkpoint of this project - make one with: python train.py")
     return checkpoint
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Turn torch's out-of-memory errors, of a GPU or of the CPU, into a SystemExit of one sentence."""
+    try:
+        yield
+    except RuntimeError as error:          # torch.OutOfMemoryError is one
+        if "memory" not in str(error):
+            raise
+        raise SystemExit(f"not enough memory - try {advice}") from None
 
 
 def newest(root="runs"):

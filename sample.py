@@ -117,13 +117,15 @@ def main(argv=None):
         raise SystemExit("two of these runs have one name and would share a folder in --out - leave it out, or draw them apart")
     stacks, start, done = in_stacks(runs, device), time.perf_counter(), 0
     for group in stacks:
-        samples = draw([state for _, state in group], args.steps, args.num_samples, args.seed, device, args.t_min)
+        before = time.perf_counter()
+        with run.enough_memory("a smaller --num-samples, or fewer runs at once"):
+            samples = draw([state for _, state in group], args.steps, args.num_samples, args.seed, device, args.t_min)
+        seconds = (time.perf_counter() - before) / len(group)
         done += len(group)
-        seconds = time.perf_counter() - start
         for (folder, state), x in zip(group, samples):
             out = Path(args.out) / (folder.name if len(ckpts) > 1 else "") if args.out else folder
-            result = save(out, state, x, steps=args.steps, sampling_seed=args.seed, device=str(device), seconds=seconds / done)
-            print(f"{folder}: {args.num_samples} samples in {args.steps} steps, {seconds / done:.1f} s on {device}")
+            result = save(out, state, x, steps=args.steps, sampling_seed=args.seed, device=str(device), seconds=seconds)
+            print(f"{folder}: {args.num_samples} samples in {args.steps} steps, {seconds:.1f} s on {device}")
             print("                      samples    floor (data against data)")
             for key in "mean_distance", "covariance_distance":
                 print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
@@ -133,7 +135,8 @@ def main(argv=None):
             plots.scatter({f"{result['data']}, data": train.test_set(result["data"]), title: x}, out / "samples.png")
             print(f"wrote samples.npy, samples.png and metrics.json to {out}/")
         if done < len(ckpts):
-            print(f"{done} of {len(ckpts)} runs, {seconds / done * (len(ckpts) - done):.0f} s left", flush=True)
+            left = (time.perf_counter() - start) / done * (len(ckpts) - done)
+            print(f"{done} of {len(ckpts)} runs, {left:.0f} s left", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ than the rest, so after some steps the weights differ by rounding.
 
 Not here: what is trained (`losses.regression`), and with which settings (`train.py`).
 
-    python stack.py       # a step of 8 networks, alone and as a stack
+    python stack.py       # forward and backward pass of 8 networks, alone and as a stack
 """
 import copy
 

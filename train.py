@@ -25,6 +25,7 @@ import losses
 import plots
 import run
 import stack
+import targets
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from mlp import MLP
@@ -126,11 +127,20 @@ def test_batch(config):
 
 
 @functools.cache
+def optimal_predictions(data, schedule, t_min):
+    """x_hat and eps_hat of the exact denoiser at the test points of a run, (POINTS, 2) each: made once for all targets."""
+    z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
+    return [DATASETS[data].optimal_model(target, SCHEDULES[schedule])(z, t) for target in ("x", "eps")]
+
+
+@functools.cache
 def optimal_errors(data, target, schedule, t_min, stabiliser):
     """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
-    z, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser))
-    model = DATASETS[data].optimal_model(target, SCHEDULES[schedule], stabiliser)
-    return losses.weighted_error(model(z, t), y, torch.ones_like(t))
+    _, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser))
+    alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
+    a, b = targets.coefficients(target, alpha, sigma, stabiliser)
+    x_hat, eps_hat = optimal_predictions(data, schedule, t_min)
+    return losses.weighted_error(a * x_hat + b * eps_hat, y, torch.ones_like(t))
 
 
 def optimum(config, weights):
@@ -225,12 +235,14 @@ def existing(folder, config, args):
 def train_stack(runs, device, on_step, on_epoch):
     """Train runs with equally many finished epochs to the end, as one stack. runs: [(folder, config, checkpoint or None)].
 
-    They differ in data, target, loss and seed only. Writes their folders: after every epoch, unless that takes more than a
-    twentieth of the time. on_epoch(losses of the epoch: train and test, means over the stack, its seconds).
+    They differ in data, target, loss and seed only. Writes their folders after every epoch, or where that would take long
+    after some seconds. A member whose loss is not finite is left at its last checkpoint, and named in a SystemExit when the
+    others are done. on_epoch(epoch, mean train loss, mean test loss).
     """
     folders, configs, states = zip(*runs)
     shared, members = configs[0], len(runs)
     histories = [list(state["history"]) if state else [] for state in states]
+    diverged = {}                          # member: the step from which its loss is not finite
 
     # Data live on the device, one tensor for each set and seed. Test points, times and noise are the same in every run.
     keys = [(config["data"], config["seed"]) for config in configs]
@@ -260,13 +272,11 @@ def train_stack(runs, device, on_step, on_epoch):
         start = time.perf_counter()
         train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
         test_losses = evaluate(model, *inputs, weights)
-        finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite()    # once an epoch: each step would wait for the GPU
-        if not finite.all():
-            m = finite.all(0).long().argmin()
-            raise SystemExit(f"{folders[m]}: the loss is not finite from step "
-                             f"{epoch * steps + finite[:-1, m].long().cumprod(0).sum()} on - lower --lr or raise --t-min; "
-                             f"{len(run.load(folders[m])['history']) if (folders[m] / 'ckpt.pt').exists() else 0} "
-                             "finished epochs are kept")
+        finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: each step would wait for CUDA
+        for m in (~finite.all(0)).nonzero().flatten().tolist():
+            diverged.setdefault(m, epoch * steps + finite[:-1, m].long().cumprod(0).sum().item())
+        if len(diverged) == members:
+            break
         train_losses, test_losses, over_t = train_losses.mean(0).tolist(), test_losses.tolist(), over_t.tolist()
         seconds = time.perf_counter() - start
         for m, history in enumerate(histories):
@@ -278,8 +288,10 @@ def train_stack(runs, device, on_step, on_epoch):
             history.append(entry)
 
         start = time.perf_counter()
-        if start - saved_at >= 20 * saving or epoch + 1 == shared["epochs"]:
+        if start - saved_at >= min(20 * saving, 15) or epoch + 1 == shared["epochs"]:
             for m, (folder, config, history) in enumerate(zip(folders, configs, histories)):
+                if m in diverged:
+                    continue
                 run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
                 run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m), history=history,
                                                   optimizer=stack.member(optimizer.state_dict()["state"], m)))
@@ -287,8 +299,10 @@ def train_stack(runs, device, on_step, on_epoch):
             saving = saved_at - start
         on_epoch(epoch + 1, sum(train_losses) / members, sum(losses[0] for losses in test_losses) / members)
 
-    for folder, config, history in zip(folders, configs, histories):
-        plots.loss_curve(history, config, folder / "loss.png")
+    if diverged:
+        kept = lambda folder: len(run.load(folder)["history"]) if (folder / "ckpt.pt").exists() else 0
+        raise SystemExit("\n".join(f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; "
+                                   f"{kept(folders[m])} finished epochs are kept" for m, step in diverged.items()))
 
 
 def main(argv=None):
@@ -315,12 +329,13 @@ def main(argv=None):
     steps, terminal, start = POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
     before = sum(finished(run) for run in runs) * steps
     bar = tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal, smoothing=0)
+    say = bar.write if terminal else functools.partial(print, flush=True)
     done = before
     for number, group in enumerate(stacks, 1):
-        names = f"{group[0][0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-        print(f"{names}: {args.schedule} schedule, {args.epochs} epochs of {steps} steps on {device}"
-              + (f", after epoch {finished(group[0])}" if finished(group[0]) else "")
-              + (f"; stack {number} of {len(stacks)}" if len(stacks) > 1 else ""))
+        header = f"{group[0][0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+        say(f"{header}: {args.schedule} schedule, {args.epochs} epochs of {steps} steps on {device}"
+            + (f", after epoch {finished(group[0])}" if finished(group[0]) else "")
+            + (f"; stack {number} of {len(stacks)}" if len(stacks) > 1 else ""))
 
         def on_epoch(epoch, train_loss, test_loss):
             nonlocal done
@@ -331,17 +346,25 @@ def main(argv=None):
             if terminal:
                 bar.set_description(line)
             elif len(group) == 1 or epoch % 10 == 0 or epoch == args.epochs:
-                print(f"{line}  {spent:.0f} s, {left:.0f} s left", flush=True)
-        train_stack(group, device, lambda: bar.update(len(group)), on_epoch)
+                say(f"{line}  {spent:.0f} s, {left:.0f} s left")
+        try:
+            with run.enough_memory("a smaller --stack, --width or --batch-size"):
+                train_stack(group, device, lambda: bar.update(len(group)), on_epoch)
+        except BaseException:
+            bar.close()
+            raise
     bar.close()
 
-    for folder, _, _ in runs:
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    for folder, config, _ in runs:
+        last = (history := run.load(folder)["history"])[-1]
+        if len(todo) == len(runs) or not (folder / "loss.png").exists():
+            plots.loss_curve(history, config, folder / "loss.png")
         print(f"{folder}: test loss {last['test_loss']:.4f}, best possible {last['optimum']:.4f}; "
-              f"NELBO {last['test_nelbo']:.3f}, best possible {last['optimum_nelbo']:.3f} nats per dimension")
+              f"NELBO {last['test_nelbo']:.3f}, best possible {last['optimum_nelbo']:.3f} nats per dimension; "
+              f"{last['seconds']:.0f} s")
     print(f"next: python sample.py --ckpt {' '.join(str(folder) for folder, _, _ in runs[:3])}"
           f"{' ...' if len(runs) > 3 else ''} --steps 512")
 
 
 if __name__ == "__main__":
-    run.script(main, "the finished epochs are kept; go on with --resume, and without --overwrite")
+    run.script(main, "the epochs saved so far are kept; go on with --resume, and without --overwrite")

@@ -14,17 +14,17 @@ def saved(monkeypatch):
     plots.plt.close("all")
 
 
-def test_curves_are_means_with_a_band_of_one_standard_deviation_and_the_optimum_dashed(saved):
-    values = np.array([[4.0, 1.0], [6.0, 3.0], [8.0, 2.0]])
+def test_curves_are_means_in_a_band_of_all_seeds_and_the_optimum_is_dashed(saved):
+    values = np.array([[4.0, 1.0], [6.0, 3.0], [9.0, 2.0]])
     curves = {target: (values * (i + 1), 0.5) for i, target in enumerate(["x", "eps", "v", "s"])}
     plots.loss_curves({"a": dict.fromkeys(["p", "q", "r", "t"], curves), "b": dict.fromkeys(["p", "q", "r", "t"], curves)}, "path")
     axes = saved[0].axes
     assert len(axes) == 8 and len({ax.get_ylim() for ax in axes[:4]}) == 1 and {ax.get_yscale() for ax in axes} == {"log"}
     mean, dashed = axes[0].lines[:2]
-    assert mean.get_ydata().tolist() == [6.0, 2.0] and mean.get_xdata().tolist() == [1, 2]
+    assert mean.get_ydata().tolist() == [19 / 3, 2.0] and mean.get_xdata().tolist() == [1, 2]
     assert dashed.get_linestyle() == "--" and list(dashed.get_ydata()) == [0.5, 0.5]
     band = axes[0].collections[0].get_paths()[0].vertices
-    assert sorted({tuple(v) for v in band.round(6)}) == [(1, 4), (1, 8), (2, 1), (2, 3)]
+    assert sorted({tuple(v) for v in band.round(6)}) == [(1, 4), (1, 9), (2, 1), (2, 3)]
     assert [line.get_color() for line in axes[5].lines[::2]] == [plots.COLOURS[target] for target in curves]
 
 

@@ -30,7 +30,7 @@ FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "
 def study(tmp_path_factory):
     """`all` with two seeds and two epochs of a narrow network on 5,000 points, 2 and 16 steps -> (folder, drawn, call)."""
     folder, drawn, patch = tmp_path_factory.mktemp("study"), {}, pytest.MonkeyPatch()
-    caches = train.optimal_errors, sample.floor, reproduce.judging_points
+    caches = train.optimal_predictions, train.optimal_errors, sample.floor, reproduce.judging_points
     clear = lambda: [cache.cache_clear() for cache in caches]        # they hold sets of another size
     clear()
     patch.setattr(train, "POINTS", 5000)

@@ -1,5 +1,6 @@
 """A stack: its members are the networks that training and sampling them alone give."""
 import contextlib
+import copy
 import itertools
 import types
 
@@ -109,7 +110,7 @@ def test_one_finished_run_stops_a_stack_before_it_begins(stacked, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rings-x-mse-s0"]
 
 
-def test_a_diverging_member_is_named(tmp_path, monkeypatch):
+def test_a_diverging_member_is_named_when_the_others_are_done(tmp_path, monkeypatch):
     original = train.train_epoch
 
     def diverge(*arguments):
@@ -117,8 +118,10 @@ def test_a_diverging_member_is_named(tmp_path, monkeypatch):
         values[7, 1] = float("nan")
         return values, over_t
     monkeypatch.setattr(train, "train_epoch", diverge)
-    with pytest.raises(SystemExit, match="rings-x-mse-s0: the loss is not finite from step 7 on .* 0 finished epochs"):
-        train.main(["--target", "eps", "x", *FAST, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="rings-x-mse-s0: the loss is not finite from step 7 on .* 0 finished epochs") as stop:
+        train.main(["--target", "eps", "x", "v", *FAST, "--out", str(tmp_path)])
+    assert "\n" not in str(stop.value) and not (tmp_path / "rings-x-mse-s0" / "ckpt.pt").exists()
+    assert len(run.load(tmp_path / "rings-eps-mse-s0")["history"]) == len(run.load(tmp_path / "rings-v-mse-s0")["history"]) == 3
 
 
 def test_draws_are_made_once_for_all_targets_and_losses(tmp_path, monkeypatch):
@@ -208,14 +211,26 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_captured_step_on_cuda_is_the_eager_one(tmp_path):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_captured_step_on_cuda_is_the_eager_one(resumed):
+    """Two epochs; resumed: the second with model and optimizer that come from a checkpoint."""
     configs = train.configs(train.parse(["--target", "x", "v", "--width", "32"]))
-    results = []
+    data, results = train.test_set("rings").cuda(), []
     for build in (lambda *c: train.build_step(*c[:3])), train.ready_step:
         torch.manual_seed(0)
         model = train.build_model(configs[0], 2).cuda()
         optimizer = train.build_optimizer(model, configs[0])
-        data = train.test_set("rings").cuda()
-        train.train_epoch(build(model, optimizer, 2, 512), optimizer, [data, data], 0, configs)
+        step = build(model, optimizer, 2, 512)
+        for epoch in range(2):
+            if epoch and resumed:
+                weights, state = copy.deepcopy(model.state_dict()), optimizer.state_dict()["state"]
+                model = train.build_model(configs[0], 2).cuda()
+                model.load_state_dict(weights)
+                optimizer = train.build_optimizer(model, configs[0])
+                parts = [stack.member(state, m) for m in range(2)]
+                optimizer.load_state_dict({"state": stack.join(parts), "param_groups": optimizer.state_dict()["param_groups"]})
+                step = build(model, optimizer, 2, 512)
+                assert optimizer.param_groups[0]["lr"].is_cuda
+            train.train_epoch(step, optimizer, [data, data], epoch, configs)
         results.append([p.detach().cpu() for p in model.parameters()])
-    assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert_close(*results, rtol=1e-3, atol=1e-4)
