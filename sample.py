@@ -57,7 +57,7 @@ def draw(states, steps, num_samples=10_000, seed=0, device="cpu", t_min=None):
     config = states[0]["config"]
     model = train.build_model(config, len(states)).to(device)
     model.load_state_dict(stack.join([state["model"] for state in states]))
-    model = stack.in_chunks(model, len(states), 10_000 if torch.device(device).type == "cpu" else 2**20)
+    model = stack.in_chunks(model, len(states), 5000 if torch.device(device).type == "cpu" else 2**20)
     names = [state["config"]["target"] for state in states]
     samples = ddpm.ancestral_sample(model, (num_samples, 2), steps, target=names,
                                     schedule=ddpm.SCHEDULES[config["schedule"]], t_min=t_min or max(config["t_min"], 1e-3),

@@ -252,7 +252,7 @@ def train_stack(runs, device, on_step, on_epoch):
     tests = [test_batch(config) for config in configs]
     optima = [optimum(config, test[3]).tolist() for config, test in zip(configs, tests)]
     *inputs, weights = zip(*tests)
-    inputs = [stack.interleave(c, 1250).to(device) for c in inputs]        # small batches: activations fit in the cache
+    inputs = [stack.interleave(c, 625).to(device) for c in inputs]         # small batches: activations fit in the cache
     weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
 
     def initial(config):
