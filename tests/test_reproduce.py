@@ -79,6 +79,7 @@ def test_table_4_1_is_the_runs_own_numbers(study):
             assert row[6] == expected_cell([m["mean_distance"] for m in made])
             assert row[9] == expected_cell([m["covariance_distance"] for m in made])
             assert row[7] == "{mean:.3f} +- {std:.3f}".format(**made[0]["mean_distance_floor"])
+            assert row[11] == expected_cell([m["log_density"] - m["log_density_data"] for m in made])
             assert [m["sampling_seed"] for m in made] == [0, 1] and made[0]["steps"] == 16
     for row in rows[32:]:
         data, target = row[:2]
@@ -298,6 +299,12 @@ def test_help_lists_every_name(capsys):
         reproduce.main(["--help"])
     out = capsys.readouterr().out
     assert all(re.search(rf"^  {re.escape(name)} +{re.escape(title)}$", out, re.M) for name, (_, title, _) in reproduce.RESULTS.items())
+
+
+def test_the_agreement_with_the_thesis_counts_both_signs():
+    deviations = {("rings", "x", "mse"): 0.051, ("rings", "s", "mse"): -0.0763, ("waves", "v", "mse"): -0.049}
+    assert reproduce.agreement(deviations)[0] == ("1 of 3 test losses lie within 5 % of the thesis's; the others: "
+                                                  "rings x mse +5.1 %, rings s mse -7.6 %.")
 
 
 def test_cells():
