@@ -3,9 +3,9 @@
 Read `mlp.py` and `train.py` first. A stack of M networks is one network whose weights have a leading dimension M, and whose
 rows come in M equal blocks, block m for network m. Targets and weights of the losses are numbers per row, so members may
 differ in data, target, loss and seed; nothing they learn from mixes: the loss of the stack is the sum of theirs, Adam
-works element by element. So each member is the network that training it alone gives. On a CPU predictions and gradients
-are the same bits; torch's fused Adam rounds the last elements of a tensor (n modulo 8, here of the last bias) otherwise
-than the rest, so after some steps the weights differ by rounding.
+works element by element. So each member is the network that training it alone gives, but for rounding. On a CPU its
+predictions and gradients are the same bits; torch's fused Adam rounds the last n modulo 8 elements of a tensor, here of the
+last bias, otherwise than the rest. Thousands of steps make of that what they make of any rounding: two runs of one quality.
 
 Not here: what is trained (`losses.regression`), and with which settings (`train.py`).
 

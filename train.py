@@ -7,7 +7,7 @@
 
 Writes runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json, metrics.jsonl and loss.png. Noise, times and
 batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws. Members of
-a stack (`stack.py`) become what they are alone, up to rounding.
+a stack (`stack.py`) become what they are alone, but for rounding.
 """
 import argparse
 import functools
