@@ -236,8 +236,8 @@ def train_stack(runs, device, on_step, on_epoch):
     """Train runs with equally many finished epochs to the end, as one stack. runs: [(folder, config, checkpoint or None)].
 
     They differ in data, target, loss and seed only. Writes their folders after every epoch, or where that would take long
-    after some seconds. A member whose loss is not finite is left at its last checkpoint, and named in a SystemExit when the
-    others are done. on_epoch(epoch, mean train loss, mean test loss).
+    after some seconds. A member whose loss is not finite is left at its last checkpoint. Returns a sentence for each of those.
+    on_epoch(epoch, mean train loss, mean test loss).
     """
     folders, configs, states = zip(*runs)
     shared, members = configs[0], len(runs)
@@ -299,10 +299,9 @@ def train_stack(runs, device, on_step, on_epoch):
             saving = saved_at - start
         on_epoch(epoch + 1, sum(train_losses) / members, sum(losses[0] for losses in test_losses) / members)
 
-    if diverged:
-        kept = lambda folder: len(run.load(folder)["history"]) if (folder / "ckpt.pt").exists() else 0
-        raise SystemExit("\n".join(f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; "
-                                   f"{kept(folders[m])} finished epochs are kept" for m, step in diverged.items()))
+    kept = lambda folder: len(run.load(folder)["history"]) if (folder / "ckpt.pt").exists() else 0
+    return [f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; {kept(folders[m])} "
+            "finished epochs are kept" for m, step in diverged.items()]
 
 
 def main(argv=None):
@@ -330,7 +329,7 @@ def main(argv=None):
     before = sum(finished(run) for run in runs) * steps
     bar = tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal, smoothing=0)
     say = bar.write if terminal else functools.partial(print, flush=True)
-    done = before
+    done, failures = before, []
     for number, group in enumerate(stacks, 1):
         header = f"{group[0][0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else "")
         say(f"{header}: {args.schedule} schedule, {args.epochs} epochs of {steps} steps on {device}"
@@ -349,15 +348,17 @@ def main(argv=None):
                 say(f"{line}  {spent:.0f} s, {left:.0f} s left")
         try:
             with run.enough_memory("a smaller --stack, --width or --batch-size"):
-                train_stack(group, device, lambda: bar.update(len(group)), on_epoch)
+                failures += train_stack(group, device, lambda: bar.update(len(group)), on_epoch)
         except BaseException:
             bar.close()
             raise
     bar.close()
+    if failures:                           # the others are done
+        raise SystemExit("\n".join(failures))
 
     for folder, config, _ in runs:
         last = (history := run.load(folder)["history"])[-1]
-        if len(todo) == len(runs) or not (folder / "loss.png").exists():
+        if not (folder / "loss.png").exists():
             plots.loss_curve(history, config, folder / "loss.png")
         print(f"{folder}: test loss {last['test_loss']:.4f}, best possible {last['optimum']:.4f}; "
               f"NELBO {last['test_nelbo']:.3f}, best possible {last['optimum_nelbo']:.3f} nats per dimension; "
