@@ -120,8 +120,8 @@ def over_t(panels, label, path):
             shades = len({curve[1] for curve in curves}) == 1
             t = (0.5 + np.arange(values.shape[1])) / values.shape[1]
             band(ax, t, np.asarray(values), color=COLOURS[target], label=name, alpha=(i + 1) / len(curves) if shades else 1)
-            ax.plot(t, best, "--", color="black" if shades else COLOURS[target], linewidth=1)
-        ax.set(yscale="log", xlabel="t", title=title)
+            ax.plot(t, best, "--", color="black", linewidth=1, label="best possible" if shades and i + 1 == len(curves) else None)
+        ax.set(yscale="log", xlabel="t", xticks=[0, 0.5, 1], title=title)
         ax.grid(alpha=0.3)
         if shades:
             ax.legend(fontsize=8)
@@ -134,7 +134,7 @@ def finish(fig, ax, path):
     fig.tight_layout(rect=(0, 0, 1, 0.93) if ax else None)
     if ax:
         handles, labels = ax.get_legend_handles_labels()
-        handles.append(plt.Line2D([], [], color="grey", linestyle="--", linewidth=1))
+        handles.append(plt.Line2D([], [], color="black", linestyle="--", linewidth=1))
         fig.legend(handles, [*labels, "best possible"], loc="upper center", ncols=len(handles))
     save(fig, path)
 

@@ -25,6 +25,7 @@ import metrics
 import plots
 import run
 import sample
+import stack
 import targets
 import train
 from datasets2d import DATASETS
@@ -95,12 +96,13 @@ def sampled(args, runs, steps):
 
 @functools.cache
 def judging_points(data, t_min=1e-3):
-    """The points on which every model of a set is judged: z, eps (50,000, 2), t (50,000,) uniform in log-SNR, a factor.
+    """The points on which every model of a set is judged: z, eps (200,000, 2), t (200,000,) uniform in log-SNR, a factor.
 
     The exact NELBO, the mean of -1/2 dlogsnr/dt (eps_hat - eps)^2 over t ~ U(t_min, 1 - t_min), is the factor times the mean
     of the squared error alone when log-SNR is uniform: the weight is gone, and most of the variance (VDM 4.6).
     """
-    schedule, x, g = ddpm.SCHEDULES["cosine"], train.test_set(data), run.generator("cpu", "judge")
+    schedule, g = ddpm.SCHEDULES["cosine"], run.generator("cpu", "judge", data)
+    x = DATASETS[data].sample(4 * train.POINTS, g)
     low, high = schedule.logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64))
     logsnr = low + (high - low) * losses.sample_t((len(x),), 0.0, g, torch.float64)
     t = (2 / math.pi * torch.atan(torch.exp(-logsnr / 2))).float()           # the inverse of the cosine schedule's logsnr
@@ -110,7 +112,7 @@ def judging_points(data, t_min=1e-3):
 
 @torch.no_grad()
 def exact_nelbo(model, target, data, stabiliser=0.0):
-    """Terms whose mean is the exact NELBO of any model in nats per dimension -> (50,000,)."""
+    """Terms whose mean is the exact NELBO of any model in nats per dimension -> (200,000,)."""
     (z, t, eps, factor), schedule = judging_points(data), ddpm.SCHEDULES["cosine"]
     alpha, sigma = ddpm.expand(schedule.alpha(t), z), ddpm.expand(schedule.sigma(t), z)
     eps_hat = targets.to_eps(target, model(z, t), z, alpha, sigma, stabiliser)
@@ -163,24 +165,28 @@ def table4_1(args):
     text += agreement({(data, target, loss): statistics.mean(results[data, target, loss, seed]["test_loss"] for seed in seeds)
                        / THESIS[data, target][column] - 1
                        for data, target in THESIS for loss, column in (("nelbo_stable", 0), ("mse", 3))})
-    lines, errors = [], []
+    lines, errors, standard_error = [], [], lambda terms: terms.std().item() / len(terms)**0.5
     for data, target in THESIS:
         if target == TARGETS[0]:
             best = exact_nelbo(DATASETS[data].optimal_model("eps", ddpm.SCHEDULES["cosine"]), "eps", data)
-            errors.append(best.std().item() / len(best)**0.5)
         line = [data, target]
         for source, loss in (stabilised, "mse"), (stabilised, "nelbo_stable"), (exact, "nelbo"):
             values = []
             for _, state in (source[data, target, loss, seed] for seed in seeds):
                 model, config = train.build_model(state["config"]), state["config"]
                 model.load_state_dict(state["model"])
-                values.append(exact_nelbo(model, target, data, config["stabiliser"]).mean().item())
+                terms = exact_nelbo(stack.in_chunks(model, 1, 5000), target, data, config["stabiliser"])
+                values.append(terms.mean().item())
+                errors.append((values[-1] - best.mean().item(), standard_error(terms - best)))
             line.append(cell(values))
-        lines.append([*line, f"{best.mean():.3f}"])
+        lines.append([*line, f"{best.mean():.3f} +- {standard_error(best):.3f}"])
     text += ["**Exact NELBO of every model, whatever it was trained on**, nats per dimension, t in [0.001, 0.999]", ""]
     text += rows(["data", "target", "trained with `mse`", "with `nelbo_stable`", "with `nelbo`", "best possible"], lines)
-    text += [f"All models of a set are judged on the same 50,000 points, t uniform in log-SNR; the standard error of the level is "
-             f"at most {max(errors):.3f}, that of differences less.", ""]
+    near, far = [e for gap, e in errors if gap < 1], [e / gap for gap, e in errors if gap >= 1]
+    text += ["All models of a set are judged on the same 200,000 points, t uniform in log-SNR; the last column has the Monte Carlo error "
+             "of the level, which they share. That of a model's distance from the best possible is "
+             + " and ".join([f"at most {max(near):.4f} where this is below 1 nat"] * bool(near)
+                            + [f"at most {100 * max(far):.0f} % of it elsewhere"] * bool(far)) + ".", ""]
     training = sum(state["history"][-1]["seconds"] for runs in (stabilised, exact) for _, state in runs.values())
     sampling = sum(result["seconds"] for result in results.values())
     text += [f"{len(stabilised) + len(exact)} networks, {args.epochs} epochs, {args.seeds} seeds; training {training / 60:.1f} "
@@ -279,10 +285,12 @@ def fig4_11(args, path):
 
 def fig4_12(args, path):
     results, panels = sampled(args, trained(args, STABILISED), STEPS[-1]), {}
+    for data, dataset in DATASETS.items():
+        panels[data, "data"] = dataset.sample(2000, run.generator("cpu", data)), ""
     for (data, target), loss in itertools.product(THESIS, ("mse", "nelbo_stable")):
         points = np.load(results[data, target, loss, 0]["folder"] / "samples.npy")[:2000]
         panels[data, f"{target}, {'weighted' if loss == 'mse' else 'NELBO'}"] = points, ""
-    columns = [f"{target}, {loss}" for loss in ("weighted", "NELBO") for target in TARGETS]
+    columns = ["data", *(f"{target}, {loss}" for loss in ("weighted", "NELBO") for target in TARGETS)]
     plots.point_grid({(data, column): panels[data, column] for data in DATASETS for column in columns}, path)
 
 
@@ -307,7 +315,7 @@ def loss_over_t(data):
             best = losses.over_t(train.optimal_errors(data, target, "cosine", 1e-6, 0.01), t, 1e-6)
             histories = [runs[data, target, "mse", seed][1]["history"] for seed in range(args.seeds)]
             panels[target] = [(f"epoch {epoch}", target, torch.tensor([h[epoch - 1]["train_loss_over_t"] for h in histories]),
-                               best) for epoch in (1, max(1, args.epochs // 10), args.epochs)]
+                               best) for epoch in sorted({1, max(1, args.epochs // 10), args.epochs})]
         plots.over_t(panels, f"weighted train loss, {data}", path)
     return figure
 
@@ -321,7 +329,7 @@ RESULTS = {
                   "beyond 64 steps x draws the rings thinner and thinner, v does not"),
     "fig3.2":    (fig3_2, "log-SNR of the three schedules", "the cosine changes slowest in the middle and is infinite at both ends; t from 0.001 to 0.999"),
     "fig4.1":    (fig4_1, "the four sets, 50,000 points each", "mean 0 and variance 1 per axis, for all four"),
-    "fig4.2":    (fig4_2, "their diffusion with the cosine schedule", "at t = 0.4 the shape is gone, at t = 1 all are one Gaussian"),
+    "fig4.2":    (fig4_2, "their diffusion with the cosine schedule", "at t = 0.4 the shape is nearly gone, at t = 1 all are one Gaussian"),
     "fig4.8":    (fig4_8, "weighted and rescaled test losses over epochs",
                   "x and v come together when rescaled, eps and s stay above: the weight divides by alpha^2, and what they get "
                   "wrong near t = 1 counts 400,000 times"),
@@ -332,15 +340,15 @@ RESULTS = {
                   "exact, x rises to 10^9 at t = 0.001 and eps and v to 10^3; the stabiliser cuts all four at 100"),
     "fig4.11":   (fig4_11, "variance of the weighted loss over t",
                   "near t = 0 that of x vanishes and that of s is the largest, near t = 1 that of eps and s vanishes; the trained "
-                  "networks lie on the dashed lines"),
+                  "networks are at the best possible, but for x near t = 0"),
     "fig4.12":   (fig4_12, "2,000 samples at 512 steps, every set, target and loss",
-                  "eps, v and s with the weighted loss look like the data; x is drawn too thin, and with the NELBO s too; v with "
-                  "the NELBO fills the inside of the rings with this seed"),
+                  "eps, v and s with the weighted loss look like the data, x is too thin; with the NELBO s is too thin on all but the "
+                  "waves, x on all but the clusters, and v fills the inside of the rings (seed 0)"),
     "fig4.13":   (over_steps("rings"), "samples of the rings at 2 to 512 steps, mean and covariance distance below each panel",
-                  "at 2 and 4 steps x and v are blurred and eps and s explode, as the first x_hat divides by alpha = 0.0016; beyond "
-                  "64 steps x gets thinner and thinner"),
+                  "at 2 steps x and v are blurred and eps and s explode, as the first x_hat divides by alpha = 0.0016, s with the "
+                  "weighted loss up to 8 steps (points outside the frame are not shown); beyond 64 steps x gets thinner and thinner"),
     "fig4.14":   (loss_over_t("rings"), "weighted train loss over t at three epochs, rings",
-                  "x is hard near t = 1 and eps near t = 0, v is as hard everywhere, s is 10 near t = 0; what is learned last "
+                  "x is hard near t = 1 and eps near t = 0, v nearly as hard everywhere, s above 10 near t = 0; what is learned last "
                   "is the easy end"),
     "appendix1": (loss_over_t("clusters"), "weighted train loss over t at three epochs, clusters",
                   "as for the rings; eps and v have a dip where the clusters are apart and z still tells the noise"),
@@ -349,7 +357,7 @@ RESULTS = {
     "appendix4": (over_steps("clusters"), "samples of the clusters at 2 to 512 steps, mean and covariance distance below each panel",
                   "x with the weighted loss loses the shape of the clusters, s with the NELBO their size"),
     "appendix5": (over_steps("swiss_roll"), "samples of the Swiss roll at 2 to 512 steps, mean and covariance distance below each panel",
-                  "x with both losses and s with the NELBO end as a line; the two distances do not see it"),
+                  "x with both losses and s with the NELBO end as a line; with the NELBO the two distances hardly see it"),
     "appendix6": (over_steps("waves"), "samples of the waves at 2 to 512 steps, mean and covariance distance below each panel",
                   "eps with the NELBO leaves points between the waves; beyond 64 steps x thins them to lines"),
 }
@@ -358,8 +366,8 @@ RESULTS = {
 def write_index(out):
     """README.md of the results folder from index.json: the pictures that are there, what to see, command, time, machine."""
     index = json.loads((out / "index.json").read_text())
-    text = ["# Results", "", "Times are those of the call that made the file. It does not repeat trainings and samplings that are there: "
-            "table4.1.md says how long those of all of these took. A dashed line is the best possible, computed with the exact "
+    text = ["# Results", "", "Times are those of the call that made the file, when the trained networks were there already; "
+            "table4.1.md has the times of training and sampling. A dashed line is the best possible, computed with the exact "
             "denoiser; a band goes from the least to the largest seed.", ""]
     for name, (_, title, see) in RESULTS.items():
         if name in index:
@@ -373,7 +381,8 @@ def make(name, args):
     """One table or figure, and its line in the index."""
     function, start, out = RESULTS[name][0], time.perf_counter(), Path(args.out)
     device = run.device(args.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else \
+        f"{device}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     defaults = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
     command = f"python reproduce.py {name}" + "".join(f" --{key.replace('_', '-')} {getattr(args, key)}"
                                                       for key, value in defaults.items() if getattr(args, key) != value)

@@ -92,7 +92,7 @@ def test_table_4_1_is_the_runs_own_numbers(study):
                 model.load_state_dict(state["model"])
                 values.append(reproduce.exact_nelbo(model, target, data, state["config"]["stabiliser"]).mean().item())
             assert row[column] == expected_cell(values)
-            assert statistics.mean(values) > float(row[5]) > 5
+            assert statistics.mean(values) > float(row[5].split()[0]) > 5
 
 
 def test_the_thesis_column_is_table_4_1():
@@ -210,7 +210,7 @@ def test_what_the_pictures_of_points_show(study):
     folder, drawn, _ = study
     root = folder / "runs" / "stabilised-2-epochs"
     panels = drawn["fig4.12"][0]
-    assert len(panels) == 32
+    assert len(panels) == 36
     assert np.array_equal(panels["rings", "s, NELBO"][0], np.load(root / "rings-s-nelbo_stable-s0/steps-16-2000/samples.npy")[:2000])
     assert np.array_equal(panels["waves", "x, weighted"][0], np.load(root / "waves-x-mse-s0/steps-16-2000/samples.npy")[:2000])
     panels = drawn["appendix4"][0]
