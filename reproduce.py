@@ -340,7 +340,7 @@ RESULTS = {
                   "exact, x rises to 10^9 at t = 0.001 and eps and v to 10^3; the stabiliser cuts all four at 100"),
     "fig4.11":   (fig4_11, "variance of the weighted loss over t",
                   "near t = 0 that of x vanishes and that of s is the largest, near t = 1 that of eps and s vanishes; the trained "
-                  "networks are at the best possible, but for x near t = 0"),
+                  "networks are at the best possible, but for x near t = 0 and s near t = 1"),
     "fig4.12":   (fig4_12, "2,000 samples at 512 steps, every set, target and loss",
                   "eps, v and s with the weighted loss look like the data, x is too thin; with the NELBO s is too thin on all but the "
                   "waves, x on all but the clusters, and v fills the inside of the rings (seed 0)"),
