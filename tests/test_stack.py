@@ -193,7 +193,7 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
     monkeypatch.setattr(torch.cuda, "graph", lambda g: contextlib.nullcontext())
     config, = train.configs(train.parse(["--width", "8"]))
     batches = [(torch.randn(20, 2), torch.rand(20), torch.randn(20, 2), torch.rand(20)) for _ in range(3)]
-    results = []
+    results, first = [], [c.clone() for c in batches[0]]
     for capture in False, True:
         torch.manual_seed(0)
         model = train.build_model(config, 2)
@@ -206,6 +206,7 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
         losses = [step(*batch).clone() for batch in batches]
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert len(calls) == 4                                           # three to warm up, one to capture
+    assert all(torch.equal(c, kept) for c, kept in zip(batches[0], first))
     for eager, captured in zip(*results):
         assert all(torch.equal(p, q) for p, q in zip(eager, captured))
 

@@ -154,6 +154,18 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
     assert grad == 10 * [False]
 
 
+@pytest.mark.parametrize("t_min, low", [(1e-6, 1e-3), (0.05, 0.05)])
+def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low):
+    """Their mean over the test points whose t is in the range, whatever range the run is trained on."""
+    config = dict(data="rings", target="s", loss="mse", schedule="cosine", t_min=t_min, stabiliser=0.01)
+    z, t, y, weights = train.test_batch(config)
+    errors, inside = (z - y).double().square().mean(1), (t >= low) & (t <= 1 - low)
+    assert bool((~inside).any()) == (t_min < low) and (weights[:, 0] == 1).all()
+    for k, judge in (1, "rescaled"), (2, "nelbo"):
+        expected = (losses.weight(judge, "s", t, SCHEDULES["cosine"], 0.01) * errors)[inside].mean()
+        torch.testing.assert_close((weights[:, k] * errors).mean(), expected, rtol=1e-5, atol=0)
+
+
 def test_defaults_are_the_documented_ones():
     args = vars(train.parse([]))
     assert args == dict(data=["rings"], target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, stabiliser=0.0, epochs=100,
