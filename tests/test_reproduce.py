@@ -143,6 +143,10 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
     monkeypatch.undo()
     call("fig4.8")
     assert "63 of 64 runs are finished already" in capsys.readouterr().out
+    state = run.load(made)
+    run.save(made / "ckpt.pt", state | {"history": state["history"][:1]})         # as if stopped after its first epoch
+    call("fig4.8")
+    assert len(run.load(made)["history"]) == 2
 
 
 def test_the_table_of_steps(study):
