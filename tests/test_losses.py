@@ -175,6 +175,11 @@ def test_errata_8_the_thesis_trained_models_lie_just_above_the_optimum(name):
         assert 0.98 < trained / stabilised_optimum(name, loss, target, 2**15) < 1.08
 
 
+def test_over_t_is_the_mean_of_each_bin_however_many_fall_in_it():
+    t, errors = torch.tensor([[0.1, 0.11, 0.3, 0.7, 0.9]]), torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0]])
+    assert losses.over_t(errors, t, 0.1, bins=4).tolist() == [[2.0, 5.0, 7.0, 9.0]]
+
+
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_loss_weighs_each_samples_own_error(loss):
     """Errata 5: mean of weight times error, with the error a mean over dimensions, typed out sample by sample."""

@@ -66,7 +66,7 @@ def test_table_4_1_is_the_runs_own_numbers(study):
     text = (folder / "results" / "table4.1.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
     rows = [row for row in rows if row[0] in DATASETS]
-    assert len(rows) == 48 and "python reproduce.py table4.1 --seeds 2 --epochs 2 --num-samples 2000" in text
+    assert len(rows) == 48 and "of 32 test losses lie within 5 %" in text and "python reproduce.py table4.1 --seeds 2 --epochs 2 --num-samples 2000" in text
     for k, loss in enumerate(["nelbo_stable", "mse"]):
         for row in rows[16 * k:16 * k + 16]:
             data, target = row[:2]
@@ -80,6 +80,7 @@ def test_table_4_1_is_the_runs_own_numbers(study):
             assert row[9] == expected_cell([m["covariance_distance"] for m in made])
             assert row[7] == "{mean:.3f} +- {std:.3f}".format(**made[0]["mean_distance_floor"])
             assert row[11] == expected_cell([m["log_density"] - m["log_density_data"] for m in made])
+            assert row[10] == "{mean:.3f} +- {std:.3f}".format(**made[0]["covariance_distance_floor"])
             assert [m["sampling_seed"] for m in made] == [0, 1] and made[0]["steps"] == 16
     for row in rows[32:]:
         data, target = row[:2]
@@ -158,6 +159,7 @@ def test_the_table_of_steps(study):
     assert rows[2][1] == expected_cell([m["covariance_distance"] for m in made])
     gaps = [m["log_density"] - m["log_density_data"] for m in made]
     assert rows[2][4].startswith(f"{sum(gaps) / 2:.3f} +- ")
+    assert not rows[3][3].endswith("+- 0.000")                       # other noise for every seed
     exact = float(rows[3][3].split()[0]), float(rows[3][6].split()[0])
     assert 0.08 < exact[0] < 0.2 and 0.1 < exact[1] < 0.25               # the exact denoiser at 16 steps
 
@@ -231,6 +233,7 @@ def test_what_the_pictures_of_points_show(study):
 
 def test_what_the_analytic_figures_show(study):
     _, drawn, _ = study
+    assert drawn["fig4.1"][2] == 50_000 and all(len(x) == 50_000 for x in drawn["fig4.1"][0].values())
     curves, t, _ = drawn["fig3.2"]
     assert_close(curves["cosine"], 2 * torch.log(torch.cos(torch.pi * t / 2) / torch.sin(torch.pi * t / 2)))
     exact, stabilised = drawn["fig4.10"][0].values()

@@ -72,11 +72,13 @@ def test_the_grid_of_steps_has_its_own_t_min(trained, tmp_path):
     """That of training, at least 0.001: eps of a run trained down to 1e-6 would divide by alpha = 1.6e-6."""
     state = run.load(trained)
     state["config"]["t_min"] = 1e-6
+    state["history"] = state["history"][:2]
     run.save(tmp_path / "ckpt.pt", state)
     model = train.build_model(state["config"])
     model.load_state_dict(state["model"])
     for extra, t_min in ([], 1e-3), (["--t-min", "0.02"], 0.02):
         draw(tmp_path, "--steps", "3", "--num-samples", "20", *extra)
+        assert json.loads((tmp_path / "metrics.json").read_text())["epochs_trained"] == 2
         expected = ddpm.ancestral_sample(model, (20, 2), 3, target="v", schedule=ddpm.SCHEDULES["cosine"], t_min=t_min,
                                          generator=run.generator("cpu", 0, "sample"))
         assert np.allclose(np.load(tmp_path / "samples.npy"), expected.numpy(), atol=1e-6)

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import itertools
+import time
 import types
 
 import numpy as np
@@ -128,7 +129,10 @@ def test_draws_are_made_once_for_all_targets_and_losses(tmp_path, monkeypatch):
     """One noise generator an epoch and (set, seed), however many members share it."""
     made, original = [], run.generator
     monkeypatch.setattr(run, "generator", lambda device, *key: made.append(key) or original(device, *key))
+    start = time.perf_counter()
     train.main([*STACK, *FAST, "--stack", "16", "--out", str(tmp_path)])
+    spent = sum(run.load(folder)["history"][-1]["seconds"] for folder in tmp_path.iterdir())
+    assert 0 < spent < time.perf_counter() - start                   # each run has its share of the time
     assert sum(key[1:] == ("noise", 0) for key in made) == 4 and sum(key[1:] == ("order", 2) for key in made) == 4
 
 
@@ -148,6 +152,9 @@ def test_only_runs_alike_are_stacked():
             for i, t_min in enumerate([1e-3] * 10 + [1e-6] + [1e-3])]
     assert [[i for i, _ in group] for group in sample.in_stacks(runs, "cpu")] == [[*range(8)], [8, 9, 11], [10]]
     assert [len(group) for group in sample.in_stacks(runs, "cuda")] == [11, 1]
+    for key, value in ("schedule", "linear"), ("stabiliser", 0.01), ("width", 16):
+        other = {"config": {**runs[0][1]["config"], key: value}}
+        assert len(sample.in_stacks([runs[0], (1, other)], "cpu")) == 2
 
 
 def test_interleave_gives_each_member_its_block():

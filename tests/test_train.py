@@ -154,16 +154,23 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
     assert grad == 10 * [False]
 
 
-@pytest.mark.parametrize("t_min, low", [(1e-6, 1e-3), (0.05, 0.05)])
-def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low):
+@pytest.mark.parametrize("t_min, low, schedule", [(1e-6, 1e-3, "cosine"), (0.05, 0.05, "cosine"), (1e-6, 1e-3, "linear")])
+def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low, schedule):
     """Their mean over the test points whose t is in the range, whatever range the run is trained on."""
-    config = dict(data="rings", target="s", loss="mse", schedule="cosine", t_min=t_min, stabiliser=0.01)
+    config = dict(data="rings", target="s", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.01)
     z, t, y, weights = train.test_batch(config)
     errors, inside = (z - y).double().square().mean(1), (t >= low) & (t <= 1 - low)
     assert bool((~inside).any()) == (t_min < low) and (weights[:, 0] == 1).all()
     for k, judge in (1, "rescaled"), (2, "nelbo"):
-        expected = (losses.weight(judge, "s", t, SCHEDULES["cosine"], 0.01) * errors)[inside].mean()
+        expected = (losses.weight(judge, "s", t, SCHEDULES[schedule], 0.01) * errors)[inside].mean()
         torch.testing.assert_close((weights[:, k] * errors).mean(), expected, rtol=1e-5, atol=0)
+
+
+def test_configs_are_all_combinations_each_once():
+    args = train.parse(["--data", "rings", "waves", "rings", "--target", "x", "v", "x", "--loss", "mse", "mse", "--seeds", "2",
+                        "--seed", "5"])
+    assert [(c["data"], c["seed"], c["target"]) for c in train.configs(args)] == [
+        (data, seed, target) for data in ("rings", "waves") for seed in (5, 6) for target in ("x", "v")]
 
 
 def test_defaults_are_the_documented_ones():
@@ -183,9 +190,13 @@ def test_history_says_what_happened(tmp_path, monkeypatch):
     folder = tmp_path / "clusters-eps-mse-s0"
     assert run.load(folder)["history"][0]["train_loss"] == 2
     nan = torch.tensor([[1.0], [1.0], [float("nan")], [1.0]])
-    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: (nan, torch.ones(1, 20)))
+    epochs = []
+    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: epochs.append(args[3]) or (nan, torch.ones(1, 20)))
+    for file in "samples.npy", "samples.png", "metrics.json":
+        (folder / file).write_text("of the old run")
     with pytest.raises(SystemExit, match="from step 2 on"):
         fit(tmp_path, "--overwrite")
+    assert epochs == [0]                                              # and stops there
     assert [p.name for p in folder.iterdir()] == ["config.json"]      # --overwrite removed the old run
     monkeypatch.undo()
     original = train.evaluate
