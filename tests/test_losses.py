@@ -178,6 +178,8 @@ def test_errata_8_the_thesis_trained_models_lie_just_above_the_optimum(name):
 def test_over_t_is_the_mean_of_each_bin_however_many_fall_in_it():
     t, errors = torch.tensor([[0.1, 0.11, 0.3, 0.7, 0.9]]), torch.tensor([[1.0, 3.0, 5.0, 7.0, 9.0]])
     assert losses.over_t(errors, t, 0.1, bins=4).tolist() == [[2.0, 5.0, 7.0, 9.0]]
+    ends = losses.over_t(torch.ones(2), torch.tensor([1e-3, 0.999]))                 # both ends of t belong to a bin
+    assert ends[0] == ends[-1] == 1
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)

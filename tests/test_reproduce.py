@@ -243,6 +243,13 @@ def test_what_the_analytic_figures_show(study):
     assert_close(stabilised["x"], alpha / (sigma**3 + 0.01))
 
 
+def test_the_judging_points_cover_the_range_of_log_snr():
+    """Their factor is half of it, 2 log cot(pi t_min / 2) for the cosine, over the length of the range of t."""
+    _, t, _, factor = reproduce.judging_points("rings")
+    assert factor == pytest.approx(-2 * np.log(np.tan(0.001 * np.pi / 2)) / 0.998, rel=1e-6)
+    assert 0.001 < t.min() < 0.00101 and 0.99899 < t.max() < 0.999001
+
+
 def test_the_exact_nelbo_is_the_loss_with_t_uniform(monkeypatch):
     """Two estimates of one integral, and the same for every target of the exact denoiser."""
     g = torch.Generator().manual_seed(0)
