@@ -70,8 +70,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=run.number(int, 1), default=7, help="epochs of each loop (7)")
     args = parser.parse_args(argv)
     device = run.device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {name}, batch {args.batch_size}, width {args.width}")
+    print(f"torch {torch.__version__}, {run.device_name(device)}, batch {args.batch_size}, width {args.width}")
 
     shape = [f"--batch-size={args.batch_size}", f"--width={args.width}"]
     config, = train.configs(train.parse([f"--target={args.target}", *shape]))

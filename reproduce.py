@@ -63,12 +63,13 @@ def trained(args, options, data=tuple(DATASETS)):
     argv = ["--data", *data, "--target", *TARGETS, *options, "--seeds", str(args.seeds), "--epochs", str(args.epochs),
             "--out", str(root), "--device", args.device, "--resume"]
     configs = train.configs(train.parse(argv))
-    finished = lambda config: (folder := root / train.name(config)).joinpath("ckpt.pt").exists() \
-        and len(run.load(folder)["history"]) == args.epochs
-    if not all(finished(config) for config in configs):
+    folders = [root / train.name(config) for config in configs]
+    states = [run.load(folder) if (folder / "ckpt.pt").exists() else None for folder in folders]
+    if not all(state and len(state["history"]) == args.epochs for state in states):
         train.main(argv)
-    return {tuple(config[key] for key in ("data", "target", "loss", "seed")):
-            (root / train.name(config), run.load(root / train.name(config))) for config in configs}
+        states = [run.load(folder) for folder in folders]
+    return {tuple(config[key] for key in ("data", "target", "loss", "seed")): (folder, state)
+            for config, folder, state in zip(configs, folders, states)}
 
 
 def sampled(args, runs, steps):
@@ -173,9 +174,8 @@ def table4_1(args):
         for source, loss in (stabilised, "mse"), (stabilised, "nelbo_stable"), (exact, "nelbo"):
             values = []
             for _, state in (source[data, target, loss, seed] for seed in seeds):
-                model, config = train.build_model(state["config"]), state["config"]
-                model.load_state_dict(state["model"])
-                terms = exact_nelbo(stack.in_chunks(model, 1, 5000), target, data, config["stabiliser"])
+                model = stack.in_chunks(sample.build_model([state]), 1, 5000)
+                terms = exact_nelbo(model, target, data, state["config"]["stabiliser"])
                 values.append(terms.mean().item())
                 errors.append((values[-1] - best.mean().item(), standard_error(terms - best)))
             line.append(cell(values))
@@ -274,8 +274,7 @@ def fig4_11(args, path):
         curves = []
         for seed in range(args.seeds):
             state = runs[data, target, "mse", seed][1]
-            model, (z, t, y, _) = train.build_model(state["config"]), train.test_batch(state["config"])
-            model.load_state_dict(state["model"])
+            model, (z, t, y, _) = sample.build_model([state]), train.test_batch(state["config"])
             with torch.no_grad():
                 curves.append(variance(losses.weighted_error(model(z, t), y, torch.ones_like(t)), t))
         best = variance(train.optimal_errors(data, target, "cosine", 1e-6, 0.01), t)
@@ -380,9 +379,7 @@ def write_index(out):
 def make(name, args):
     """One table or figure, and its line in the index."""
     function, start, out = RESULTS[name][0], time.perf_counter(), Path(args.out)
-    device = run.device(args.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else \
-        f"{device}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
+    where = run.device_name(run.device(args.device))
     defaults = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
     command = f"python reproduce.py {name}" + "".join(f" --{key.replace('_', '-')} {getattr(args, key)}"
                                                       for key, value in defaults.items() if getattr(args, key) != value)

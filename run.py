@@ -34,6 +34,12 @@ def device(name):
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def device_name(device):
+    """What to write beside a measured time: the GPU, or how many threads of the CPU."""
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {threads} thread{'s' * (threads > 1)}"
+
+
 def write(path, data):
     """Write bytes to path, whole or not at all; makes the folder. SystemExit if the disk is full or read-only."""
     path = Path(path)

@@ -52,12 +52,17 @@ def load(ckpt):
     return (ckpt if ckpt.is_dir() else ckpt.parent), state
 
 
+def build_model(states, device="cpu"):
+    """The trained network of checkpoints that differ in data, target, loss and seed only, one or a stack."""
+    model = train.build_model(states[0]["config"], len(states)).to(device)
+    model.load_state_dict(stack.join([state["model"] for state in states]))
+    return model
+
+
 def draw(states, steps, num_samples=10_000, seed=0, device="cpu", t_min=None):
     """Samples of runs that differ in data, target, loss and seed only, as one stack -> (M, num_samples, 2), on the CPU."""
     config = states[0]["config"]
-    model = train.build_model(config, len(states)).to(device)
-    model.load_state_dict(stack.join([state["model"] for state in states]))
-    model = stack.in_chunks(model, len(states), 5000 if torch.device(device).type == "cpu" else 2**20)
+    model = stack.in_chunks(build_model(states, device), len(states), 5000 if torch.device(device).type == "cpu" else 2**20)
     names = [state["config"]["target"] for state in states]
     samples = ddpm.ancestral_sample(model, (num_samples, 2), steps, target=names,
                                     schedule=ddpm.SCHEDULES[config["schedule"]], t_min=t_min or max(config["t_min"], 1e-3),
@@ -67,7 +72,7 @@ def draw(states, steps, num_samples=10_000, seed=0, device="cpu", t_min=None):
 
 def in_stacks(runs, device):
     """Divide runs, (folder, checkpoint), into lists that `draw` can take: 8 on a CPU, else 96."""
-    groups, size = {}, 8 if torch.device(device).type == "cpu" else 96
+    groups, size = {}, stack.size(device)
     for ckpt, state in runs:
         alike = tuple(state["config"][key] for key in ("schedule", "t_min", "stabiliser", "width"))
         groups.setdefault(alike, []).append((ckpt, state))

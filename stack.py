@@ -16,13 +16,18 @@ import copy
 import torch
 
 
-def interleave(members, size):
-    """M tensors (n, ...) -> (n // size, M * size, ...): batches of `size` points of each member, one block for each.
+def size(device):
+    """How many networks to train or sample at once: on a CPU more of them save nothing."""
+    return 8 if torch.device(device).type == "cpu" else 96
 
-    The n % size points at the end are left out.
+
+def interleave(members, batch_size):
+    """M tensors (n, ...) -> (n // batch_size, M * batch_size, ...): batches of each member's points, one block for each.
+
+    The n % batch_size points at the end are left out.
     """
-    batches = len(members[0]) // size
-    return torch.stack([c[:batches * size].unflatten(0, (batches, size)) for c in members], 1).flatten(1, 2)
+    batches = len(members[0]) // batch_size
+    return torch.stack([c[:batches * batch_size].unflatten(0, (batches, batch_size)) for c in members], 1).flatten(1, 2)
 
 
 def join(states):

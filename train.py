@@ -318,12 +318,12 @@ def main(argv=None):
                 (folder / file).unlink(missing_ok=True)
 
     finished = lambda run: len(run[2]["history"]) if run[2] else 0
-    todo = sorted((run for run in runs if finished(run) < args.epochs), key=finished)
-    size = args.stack or (8 if device.type == "cpu" else 96)
-    stacks = [group[i:i + size] for group in (list(group) for _, group in itertools.groupby(todo, key=finished))
+    unfinished = sorted((run for run in runs if finished(run) < args.epochs), key=finished)
+    size = args.stack or stack.size(device)
+    stacks = [group[i:i + size] for group in (list(group) for _, group in itertools.groupby(unfinished, key=finished))
               for i in range(0, len(group), size)]
-    if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
+    if len(unfinished) < len(runs):
+        print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished already")
 
     steps, terminal, start = POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
     before = sum(finished(run) for run in runs) * steps
