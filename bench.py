@@ -21,6 +21,7 @@ import run
 import sample
 import stack
 import train
+import train_points
 from datasets2d import DATASETS
 from targets import TARGETS
 
@@ -64,7 +65,7 @@ def seconds(function, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    parser.add_argument("--batch-size", type=run.number(int, 1, train.POINTS), default=512, help="(512)")
+    parser.add_argument("--batch-size", type=run.number(int, 1, train_points.POINTS), default=512, help="(512)")
     parser.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers (128)")
     parser.add_argument("--target", choices=TARGETS, default="eps", help="of our loop (eps)")
     parser.add_argument("--rounds", type=run.number(int, 1), default=7, help="epochs of each loop (7)")
@@ -77,25 +78,25 @@ def main(argv=None):
     members = train.configs(train.parse(["--target", "x", "eps", "v", "s", "--loss", "mse", "nelbo", *shape,
                                          f"--seeds={1 if device.type == 'cpu' else 12}"]))
     stacked = f"stack of {len(members)}"
-    data = DATASETS["rings"].sample(train.POINTS)
-    ours, plain = train.build_model(config).to(device), plain_model(args.width).to(device)
-    many = train.build_model(config, len(members)).to(device)
-    our_optimizer, many_optimizer = train.build_optimizer(ours, config), train.build_optimizer(many, config)
+    data = DATASETS["rings"].sample(train_points.POINTS)
+    ours, plain = train_points.build_model(config).to(device), plain_model(args.width).to(device)
+    many = train_points.build_model(config, len(members)).to(device)
+    our_optimizer, many_optimizer = train_points.build_optimizer(ours, config), train_points.build_optimizer(many, config)
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True, drop_last=True)
     data = data.to(device)
-    our_step = train.build_step(ours, our_optimizer, 1)
-    many_step = train.ready_step(many, many_optimizer, len(members), args.batch_size)
+    our_step = train_points.build_step(ours, our_optimizer, 1)
+    many_step = train_points.ready_step(many, many_optimizer, len(members), args.batch_size)
 
-    loops = {"train.py": lambda: train.train_epoch(our_step, our_optimizer, [data], 0, [config]),     # eager, also on CUDA
+    loops = {"train.py": lambda: train_points.train_epoch(our_step, our_optimizer, [data], 0, [config]),     # eager, also on CUDA
              "plain": lambda: plain_epoch(plain, plain_optimizer, loader, device),
              "network alone": lambda: network_epoch(ours, data, config),
-             stacked: lambda: train.train_epoch(many_step, many_optimizer, len(members) * [data], 0, members)}
+             stacked: lambda: train_points.train_epoch(many_step, many_optimizer, len(members) * [data], 0, members)}
     if device.type == "cuda":                               # what train.py does with one network there
-        alone = train.build_model(config).to(device)
-        alone_optimizer = train.build_optimizer(alone, config)
-        alone_step = train.ready_step(alone, alone_optimizer, 1, args.batch_size)
-        loops["captured"] = lambda: train.train_epoch(alone_step, alone_optimizer, [data], 0, [config])
+        alone = train_points.build_model(config).to(device)
+        alone_optimizer = train_points.build_optimizer(alone, config)
+        alone_step = train_points.ready_step(alone, alone_optimizer, 1, args.batch_size)
+        loops["captured"] = lambda: train_points.train_epoch(alone_step, alone_optimizer, [data], 0, [config])
     times = {name: [] for name in loops}
     for _ in range(args.rounds + 1):
         for name, loop in loops.items():

@@ -91,6 +91,16 @@ SCHEDULES = {
 }
 
 
+def standardise(z, t, schedule):
+    """z divided by sqrt(alpha^2 + sigma^2), its standard deviation for standardised data: what networks are given.
+
+    That is 1 for every variance preserving schedule, and keeps z of the variance exploding one (sigma up to 50) in range.
+    """
+    if schedule is None or schedule.variance_preserving:
+        return z
+    return z * expand((schedule.alpha(t)**2 + schedule.sigma(t)**2).rsqrt(), z)
+
+
 def q_sample(x, t, eps, schedule):
     """Draw z ~ q(z_t | x), Eq. (3.1), by z = alpha x + sigma eps. x, eps (B, ...), t (B,) -> z (B, ...)."""
     alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
@@ -127,13 +137,14 @@ def posterior(z, x, s, t, schedule):
 
 @torch.no_grad()
 def ancestral_sample(model, shape, steps, *, target, schedule, t_min=1e-3, generator=None, stabiliser=0.0,
-                     dtype=torch.float32):
+                     clip=math.inf, dtype=torch.float32):
     r"""Draw samples with p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), in `steps` network evaluations.
 
     model(z, t) -> prediction of `target`, with z (B, ...) and the true time t (B,), however few the steps. The grid is
     t_i = t_min + (1 - 2 t_min) i / steps, the thesis's i / T squeezed into [t_min, 1 - t_min]. The first z has the
     variance that standardised data have there, alpha^2 + sigma^2. The last step adds no noise: it returns its x_hat.
     Draws on the generator's device. Returns (B, ...) of `shape`. Raises ValueError if steps < 1.
+    clip: every x_hat is kept in [-clip, clip], the range of pictures (Ho et al. 2020).
     For a stack of M models `target` is a list of M names: all get the same draws, and it returns (M * B, ...).
     """
     if steps < 1:
@@ -147,7 +158,7 @@ def ancestral_sample(model, shape, steps, *, target, schedule, t_min=1e-3, gener
     for i in range(steps, 0, -1):
         predictions = model(z, times[i].expand(len(z))).chunk(len(names))
         x_hat = torch.cat([targets.to_x(name, y, z, alphas[i], sigmas[i], stabiliser)
-                           for name, y, z in zip(names, predictions, z.chunk(len(names)))])
+                           for name, y, z in zip(names, predictions, z.chunk(len(names)))]).clamp(-clip, clip)
         if i > 1:
             mean, var = posterior(z, x_hat, times[i - 1], times[i], schedule)
             z = mean + var.sqrt() * noise()

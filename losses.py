@@ -69,6 +69,12 @@ def weight(loss, target, t, schedule, stabiliser=0.0):
     return LOSSES[loss](target, alpha, sigma, det, schedule.dlogsnr(t))
 
 
+def objective(config):
+    """The arguments of `loss` besides model and data, from the config of a run."""
+    return dict(target=config["target"], loss=config["loss"], schedule=ddpm.SCHEDULES[config["schedule"]],
+                stabiliser=config["stabiliser"])
+
+
 def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0):
     """The weighted regression that training is: inputs z (and t), targets y, weights w. x, eps (B, ...), t (B,).
 

@@ -9,12 +9,13 @@ Not here: the network for images; why there can be several in one (`stack.py`).
 import torch
 from torch import nn
 
+import ddpm
+
 
 class MLP(nn.Module):
     """model(z, t) -> prediction. z (B, dim) and t (B,) are concatenated; returns (B, dim).
 
-    schedule: divide z by sqrt(alpha^2 + sigma^2), its standard deviation for standardised data. That is 1 for every
-    variance preserving schedule, and keeps the input of the variance exploding one (sigma up to 50) in range.
+    schedule: the one that made z, to divide z by its standard deviation where that is not 1 (`ddpm.standardise`).
     members: M independent networks in one, each weight with a leading dimension M. The B rows then come in M equal blocks,
     one for each network, and a layer is one batched product.
     """
@@ -26,11 +27,10 @@ class MLP(nn.Module):
         self.weights = nn.ParameterList(torch.stack([layer.weight.detach() for layer in row]) for row in rows)
         self.biases = nn.ParameterList(torch.stack([layer.bias.detach()[None] for layer in row]) for row in rows)
         self.members = members
-        self.schedule = None if schedule is None or schedule.variance_preserving else schedule
+        self.schedule = schedule
 
     def forward(self, z, t):
-        if self.schedule is not None:
-            z = z * (self.schedule.alpha(t)**2 + self.schedule.sigma(t)**2).rsqrt()[:, None]
+        z = ddpm.standardise(z, t, self.schedule)
         h = torch.cat([z, t[:, None]], 1).unflatten(0, (self.members, -1))                  # (M, B / M, dim + 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias, h, weight.mT)                                           # (M, B / M, width)

@@ -28,6 +28,7 @@ import sample
 import stack
 import targets
 import train
+import train_points
 from datasets2d import DATASETS
 
 TARGETS = ["x", "eps", "v", "s"]
@@ -103,7 +104,7 @@ def judging_points(data, t_min=1e-3):
     of the squared error alone when log-SNR is uniform: the weight is gone, and most of the variance (VDM 4.6).
     """
     schedule, g = ddpm.SCHEDULES["cosine"], run.generator("cpu", "judge", data)
-    x = DATASETS[data].sample(4 * train.POINTS, g)
+    x = DATASETS[data].sample(4 * train_points.POINTS, g)
     low, high = schedule.logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64))
     logsnr = low + (high - low) * losses.sample_t((len(x),), 0.0, g, torch.float64)
     t = (2 / math.pi * torch.atan(torch.exp(-logsnr / 2))).float()           # the inverse of the cosine schedule's logsnr
@@ -200,7 +201,7 @@ def steps(args):
     runs = {key: value for key, value in trained(args, STABILISED, ["rings"]).items()
             if key[1] in ("x", "v") and key[2] == "mse"}
     device, data, schedule = run.device(args.device), DATASETS["rings"], ddpm.SCHEDULES["cosine"]
-    real, lines = train.test_set("rings"), []
+    real, lines = train_points.test_set("rings"), []
     for n in STEPS:
         results = sampled(args, runs, n)
         columns = [[r for key, r in results.items() if key[1] == target] for target in ("x", "v")]
@@ -274,10 +275,10 @@ def fig4_11(args, path):
         curves = []
         for seed in range(args.seeds):
             state = runs[data, target, "mse", seed][1]
-            model, (z, t, y, _) = sample.build_model([state]), train.test_batch(state["config"])
+            model, (z, t, y, _) = sample.build_model([state]), train_points.test_batch(state["config"])
             with torch.no_grad():
                 curves.append(variance(losses.weighted_error(model(z, t), y, torch.ones_like(t)), t))
-        best = variance(train.optimal_errors(data, target, "cosine", 1e-6, 0.01), t)
+        best = variance(train_points.optimal_errors(data, target, "cosine", 1e-6, 0.01), t)
         panels.setdefault(data, []).append((target, target, torch.stack(curves), best))
     plots.over_t(panels, "variance of the weighted loss", path)
 
@@ -309,9 +310,9 @@ def over_steps(data):
 def loss_over_t(data):
     def figure(args, path):
         runs, panels = trained(args, STABILISED, [data]), {}
-        t = train.test_batch(runs[data, "x", "mse", 0][1]["config"])[1]
+        t = train_points.test_batch(runs[data, "x", "mse", 0][1]["config"])[1]
         for target in TARGETS:
-            best = losses.over_t(train.optimal_errors(data, target, "cosine", 1e-6, 0.01), t, 1e-6)
+            best = losses.over_t(train_points.optimal_errors(data, target, "cosine", 1e-6, 0.01), t, 1e-6)
             histories = [runs[data, target, "mse", seed][1]["history"] for seed in range(args.seeds)]
             panels[target] = [(f"epoch {epoch}", target, torch.tensor([h[epoch - 1]["train_loss_over_t"] for h in histories]),
                                best) for epoch in sorted({1, max(1, args.epochs // 10), args.epochs})]

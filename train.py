@@ -1,46 +1,56 @@
 """Train networks on a target with a loss: one, or many at once.
 
     python train.py --target eps --loss mse                # the rings, 100 epochs, about a minute on a laptop
-    python train.py --data waves --target v --loss nelbo --seed 1
     python train.py --target x eps v s --loss mse nelbo --seeds 3     # all 24 combinations, as stacks
+    python train.py --data cifar10 --target v --loss mse   # pictures; also the path of a folder of them
     python train.py --target eps --loss mse --resume       # goes on after a kill, ends in the same weights
 
-Writes runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json, metrics.jsonl and loss.png. Noise, times and
-batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws. Members of
-a stack (`stack.py`) become what they are alone, but for rounding.
+Writes runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json, metrics.jsonl and a picture. Noise, times and
+batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws. The loops are
+in `train_points.py` (as stacks, see `stack.py`) and in `train_images.py` (one after the other; torchrun for several GPUs).
 """
 import argparse
 import functools
 import itertools
 import json
-import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch import distributed
 from tqdm import tqdm
 
+import images
 import losses
 import plots
 import run
 import stack
-import targets
+import train_images
+import train_points
+import unet
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
-from mlp import MLP
 from targets import TARGETS
 
-POINTS = 50_000        # to train on, and as many fresh ones to test on (thesis 4.1.1)
-JUDGES = "rescaled", "nelbo"     # also measured at every epoch: the same two for every run, whatever it is trained on
-JUDGED_T_MIN = 1e-3              # their range of t, unless training has a smaller one
+DEFAULTS = {"points": dict(epochs=100, batch_size=512, lr=1e-3), "pictures": dict(epochs=500, batch_size=128, lr=2e-4)}
+
+
+def data_name(text):
+    """An argparse type: a 2D set, a set of pictures or a folder of pictures."""
+    if text in DATASETS or text in images.IMAGES or Path(text).is_dir():
+        return text
+    raise argparse.ArgumentTypeError(f"unknown data {text!r}: choose from {', '.join([*DATASETS, *images.IMAGES])}, or give "
+                                     "the path of a folder of pictures")
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python train.py [options], see --help")
     group = parser.add_argument_group("what to train (several values: all combinations)")
-    group.add_argument("--data", nargs="+", choices=DATASETS, default=["rings"], help="2D set (rings)")
+    group.add_argument("--data", nargs="+", type=data_name, default=["rings"],
+                       help=f"2D set: {', '.join(DATASETS)}; pictures: {', '.join(images.IMAGES)} or a folder of them (rings)")
     group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
     group.add_argument("--loss", nargs="+", choices=losses.LOSSES, default=["mse"], help="how its errors are weighed (mse)")
     group.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of weights, data, batches and noise (0)")
@@ -51,19 +61,46 @@ def parse(argv):
                        help="t is uniform in [t_min, 1 - t_min] (0.001)")
     group.add_argument("--stabiliser", type=run.number(float, 0), default=0.0,
                        help="d in the score target -sigma eps / (sigma^2 + d) (0; the thesis's numbers: 0.01)")
-    group.add_argument("--epochs", type=run.number(int, 1), default=100, help="passes over 50,000 points (100)")
-    group.add_argument("--batch-size", type=run.number(int, 1, POINTS), default=512, help="(512)")
-    group.add_argument("--lr", type=run.number(float, 0), default=1e-3, help="Adam's, decays to 0 as a cosine (0.001)")
-    group.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers (128)")
+    group.add_argument("--epochs", type=run.number(int, 1), help="passes over the data (50,000 points: 100, pictures: 500)")
+    group.add_argument("--batch-size", type=run.number(int, 1), help="of all processes together (points: 512, pictures: 128)")
+    group.add_argument("--lr", type=run.number(float, 0), help="points: Adam's, decays to 0 as a cosine (0.001); pictures: "
+                                                               "AdamW's, constant after the warm-up (0.0002)")
+    group.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers, points (128)")
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--data-dir", default="data", help="where the named sets are, or are downloaded to (data)")
+    group.add_argument("--image-size", type=run.number(int, 4), help="crop and scale to a square of so many pixels")
+    group.add_argument("--skip-corrupt", action="store_true", help="leave out files of a folder that cannot be read")
+    group.add_argument("--preset", choices=unet.PRESETS, default="ddpm", help="UNet, see unet.py (ddpm); the next five change it")
+    group.add_argument("--channels", type=run.number(int, 4), help="of its first block")
+    group.add_argument("--channel-mult", type=run.number(int, 1), nargs="+", help="times these, one number for each block")
+    group.add_argument("--layers", type=run.number(int, 1), help="in a block")
+    group.add_argument("--mid-blocks", type=run.number(int, 1))
+    group.add_argument("--attention", type=run.number(int, 0), nargs="+", help="resolutions that attend, besides the middle")
+    group.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                       help="of matrix products and convolutions (auto: bf16 on CUDA; bf16 is also good on CPUs that have it)")
+    group.add_argument("--ema", type=run.number(float, 0, 1), default=0.9999, help="decay of the averaged weights (0.9999)")
+    group.add_argument("--warmup", type=run.number(int, 1), default=1000, help="steps until --lr is reached (1000)")
+    group.add_argument("--clip-norm", type=run.number(float, 0), default=1.0, help="largest norm of the gradient (1)")
+    group.add_argument("--minutes", type=run.number(float, 0), default=float("inf"), help="stop after so long; --resume goes on")
+    group.add_argument("--test-every", type=run.number(int, 1), default=2000, help="steps between two tests (2000)")
+    group.add_argument("--grid-every", type=run.number(int, 1), default=10_000, help="steps between two grids of samples (10000)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile (on CUDA)")
     group = parser.add_argument_group("where it runs and where it goes")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    group.add_argument("--stack", type=run.number(int, 1), help="networks trained at once (8 on a CPU, else 96)")
+    group.add_argument("--stack", type=run.number(int, 1), help="2D networks trained at once (8 on a CPU, else 96)")
     group.add_argument("--out", default="runs", help="folder of all runs (runs)")
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with these runs")
     group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start them again")
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite starts it again: choose one")
+    args.kind = "points" if args.data[0] in DATASETS else "pictures"
+    if any((data in DATASETS) != (args.kind == "points") for data in args.data):
+        parser.error("points and pictures cannot be trained in one call: give them one each")
+    for key, value in DEFAULTS[args.kind].items():
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    if args.kind == "points" and args.batch_size > train_points.POINTS:
+        parser.error(f"argument --batch-size: must be in [1, {train_points.POINTS}], got {args.batch_size}")
     try:
         for loss, target in itertools.product(args.loss, args.target):
             losses.weight(loss, target, torch.tensor([0.5]), SCHEDULES[args.schedule], args.stabiliser)
@@ -72,150 +109,25 @@ def parse(argv):
     return args
 
 
-def configs(args):
-    """The config of every run that the arguments ask for; those of one set and seed, which share draws, side by side."""
-    shared = ["schedule", "t_min", "stabiliser", "epochs", "batch_size", "lr", "width"]
-    return [dict(data=data, target=target, loss=loss, seed=seed, **{key: getattr(args, key) for key in shared})
+def configs(args, **more):
+    """The config of every run that the arguments ask for; those of one set and seed, which share draws, side by side.
+
+    Pictures need more: their shape and the device's precision.
+    """
+    shared = {"points": ["schedule", "t_min", "stabiliser", "epochs", "batch_size", "lr", "width"],
+              "pictures": ["schedule", "t_min", "stabiliser", "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm"]}
+    more |= {key: getattr(args, key) for key in shared[args.kind]}
+    if args.kind == "pictures":
+        more |= {key: getattr(args, key, None) or value for key, value in unet.PRESETS[args.preset].items()}
+    return [dict(data=data, target=target, loss=loss, seed=seed, **more)
             for data, seed, loss, target in itertools.product(
                 dict.fromkeys(args.data), range(args.seed, args.seed + args.seeds), dict.fromkeys(args.loss),
                 dict.fromkeys(args.target))]
 
 
 def name(config):
-    """Of a run's folder."""
-    return "{data}-{target}-{loss}-s{seed}".format(**config)
-
-
-def build_model(config, members=1):
-    """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
-    return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]], members=members)
-
-
-def objective(config):
-    """What `losses.loss` needs to know besides model and data."""
-    return dict(target=config["target"], loss=config["loss"], schedule=SCHEDULES[config["schedule"]],
-                stabiliser=config["stabiliser"])
-
-
-def build_optimizer(model, config):
-    """Adam in one fused kernel; `train_epoch` sets its learning rate at every step. On CUDA fit to be captured."""
-    parameters = list(model.parameters())
-    cuda = parameters[0].is_cuda
-    lr = torch.tensor(config["lr"], device=parameters[0].device) if cuda else config["lr"]
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=cuda)
-
-
-def test_set(data):
-    """The same fresh points for every seed, target and loss -> (POINTS, 2), on the CPU."""
-    return DATASETS[data].sample(POINTS, run.generator("cpu", "test", data))
-
-
-def test_batch(config):
-    """The test points of a run, their t and noise fixed: z (n, 2), t (n,), y (n, 2), weights (n, 3), n = POINTS.
-
-    The means of weights times squared error are its own test loss, on its own range of t, and then the exact losses JUDGES
-    on t_min = 1e-3: points outside of that range have weight 0 there, and those inside a little more.
-    """
-    x, g = test_set(config["data"]), run.generator("cpu", "test noise")
-    t, eps = losses.sample_t((POINTS,), config["t_min"], g), torch.randn(x.shape, generator=g)
-    z, y, w = losses.regression(x, t, eps, **objective(config))
-    t_min = max(config["t_min"], JUDGED_T_MIN)
-    inside = ((t >= t_min) & (t <= 1 - t_min)).float()
-    judges = [inside / inside.mean() * losses.weight(judge, config["target"], t, SCHEDULES[config["schedule"]],
-                                                     config["stabiliser"]) for judge in JUDGES]
-    return z, t, y, torch.stack([w, *judges], 1)
-
-
-@functools.cache
-def optimal_predictions(data, schedule, t_min):
-    """x_hat and eps_hat of the exact denoiser at the test points of a run, (POINTS, 2) each: made once for all targets."""
-    z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
-    return [DATASETS[data].optimal_model(target, SCHEDULES[schedule])(z, t) for target in ("x", "eps")]
-
-
-@functools.cache
-def optimal_errors(data, target, schedule, t_min, stabiliser):
-    """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
-    _, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser))
-    alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
-    a, b = targets.coefficients(target, alpha, sigma, stabiliser)
-    x_hat, eps_hat = optimal_predictions(data, schedule, t_min)
-    return losses.weighted_error(a * x_hat + b * eps_hat, y, torch.ones_like(t))
-
-
-def optimum(config, weights):
-    """The three losses of `test_batch` for the exact denoiser, the best there can be -> (3,)."""
-    errors = optimal_errors(*(config[key] for key in ("data", "target", "schedule", "t_min", "stabiliser")))
-    return (weights * errors[:, None]).mean(0)
-
-
-@torch.no_grad()
-def evaluate(model, z, t, y, weights):
-    """Mean of weights times squared error for every network of a stack: weights (M, n, 3) -> (M, 3).
-
-    z, t, y: batches from `stack.interleave` that together have all n points of every member.
-    """
-    errors = torch.stack([losses.weighted_error(model(*c[:2]), c[2], torch.ones_like(c[1])) for c in zip(z, t, y)])
-    errors = errors.unflatten(1, (len(weights), -1)).transpose(0, 1).flatten(1)                 # (M, n)
-    return (weights * errors[..., None]).mean(1)
-
-
-def build_step(model, optimizer, members):
-    """One step of Adam as a function: z, t, y, w of M * B rows -> their weighted errors (M * B,)."""
-    def step(z, t, y, w):
-        errors = losses.weighted_error(model(z, t), y, w)
-        optimizer.zero_grad()
-        errors.unflatten(0, (members, -1)).mean(1).sum().backward()    # members share nothing: a sum of M separate losses
-        optimizer.step()
-        return errors.detach()
-    return step
-
-
-def ready_step(model, optimizer, members, batch_size):
-    """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do."""
-    step, device = build_step(model, optimizer, members), next(model.parameters()).device
-    if device.type != "cuda":
-        return step
-    z, t = torch.zeros(members * batch_size, 2, device=device), torch.full((members * batch_size,), 0.5, device=device)
-    return stack.captured(step, model, optimizer, (z, t, z, t))
-
-
-def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
-    """One pass of every network of a stack over its own data, a list of (n, 2), in random order.
-
-    Every draw is a function of (seed, step), and members of one set and seed share it. step: `build_step`, perhaps captured.
-    Returns losses (steps, M) and the loss over t (M, 20), both of the networks as they were in training.
-    """
-    shared, device = configs[0], data[0].device
-    batch_size = shared["batch_size"]
-    steps = len(data[0]) // batch_size     # leaves out the last, smaller batch: other points each epoch
-    draws = {}
-    for x, config in zip(data, configs):
-        key = seed, _ = config["seed"], config["data"]
-        if key not in draws:
-            order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", epoch)).to(device)
-            g = run.generator(device, seed, "noise", epoch)
-            x = x[order[:steps * batch_size]]                                               # (steps * batch_size, 2)
-            t = losses.sample_t((steps, batch_size), config["t_min"], g).flatten()
-            draws[key] = x, t, torch.randn(x.shape, generator=g, device=device)
-    regressions, times = [], []
-    for config in configs:
-        x, t, eps = draws[config["seed"], config["data"]]
-        regressions.append(losses.regression(x, t, eps, **objective(config)))
-        times.append(t)
-    z, y, w = (stack.interleave(c, batch_size) for c in zip(*regressions))                  # (steps, M * batch_size, ...)
-    t = stack.interleave(times, batch_size)
-
-    errors = torch.empty_like(t)
-    for i in range(steps):
-        progress = (epoch * steps + i) / (shared["epochs"] * steps)
-        rate = shared["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
-        group = optimizer.param_groups[0]
-        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
-        errors[i] = step(z[i], t[i], y[i], w[i])
-        on_step()
-    errors, t = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t))   # (M, steps, batch_size)
-    return errors.mean(2).T, losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"])
+    """Of a run's folder; for pictures from a folder that folder's own name."""
+    return "{}-{target}-{loss}-s{seed}".format(Path(config["data"]).resolve().name, **config)
 
 
 def existing(folder, config, args):
@@ -232,91 +144,23 @@ def existing(folder, config, args):
     return state
 
 
-def train_stack(runs, device, on_step, on_epoch):
-    """Train runs with equally many finished epochs to the end, as one stack. runs: [(folder, config, checkpoint or None)].
-
-    They differ in data, target, loss and seed only. Writes their folders after every epoch, or where that would take long
-    after some seconds. A member whose loss is not finite is left at its last checkpoint. Returns a sentence for each of those.
-    on_epoch(epoch, mean train loss, mean test loss).
-    """
-    folders, configs, states = zip(*runs)
-    shared, members = configs[0], len(runs)
-    histories = [list(state["history"]) if state else [] for state in states]
-    diverged = {}                          # member: the step from which its loss is not finite
-
-    # Data live on the device, one tensor for each set and seed. Test points, times and noise are the same in every run.
-    keys = [(config["data"], config["seed"]) for config in configs]
-    points = {(data, seed): DATASETS[data].sample(POINTS, run.generator("cpu", seed, "train")).to(device)
-              for data, seed in dict.fromkeys(keys)}
-    data = [points[key] for key in keys]
-    tests = [test_batch(config) for config in configs]
-    optima = [optimum(config, test[3]).tolist() for config, test in zip(configs, tests)]
-    *inputs, weights = zip(*tests)
-    inputs = [stack.interleave(c, 625).to(device) for c in inputs]         # small batches: activations fit in the cache
-    weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
-
-    def initial(config):
-        torch.manual_seed(config["seed"])
-        return build_model(config).state_dict()
-    model = build_model(shared, members).to(device)
-    model.load_state_dict(stack.join([state["model"] if state else initial(config)
-                                      for config, state in zip(configs, states)]))
-    optimizer = build_optimizer(model, shared)
-    if states[0]:
-        optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
-                                   "param_groups": optimizer.state_dict()["param_groups"]})
-    step = ready_step(model, optimizer, members, shared["batch_size"])
-
-    steps, saved_at, saving = POINTS // shared["batch_size"], -math.inf, 0.0
-    for epoch in range(len(histories[0]), shared["epochs"]):
-        start = time.perf_counter()
-        train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
-        test_losses = evaluate(model, *inputs, weights)
-        finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: each step would wait for CUDA
-        for m in (~finite.all(0)).nonzero().flatten().tolist():
-            diverged.setdefault(m, epoch * steps + finite[:-1, m].long().cumprod(0).sum().item())
-        if len(diverged) == members:
-            break
-        train_losses, test_losses, over_t = train_losses.mean(0).tolist(), test_losses.tolist(), over_t.tolist()
-        seconds = time.perf_counter() - start
-        for m, history in enumerate(histories):
-            entry = dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=train_losses[m])
-            for key, value, best in zip(("loss", *JUDGES), test_losses[m], optima[m]):
-                entry[f"test_{key}"], entry["optimum" if key == "loss" else f"optimum_{key}"] = value, best
-            entry["train_loss_over_t"] = [float(f"{value:.5g}") for value in over_t[m]]
-            entry["seconds"] = round((history[-1]["seconds"] if history else 0.0) + seconds / members, 3)
-            history.append(entry)
-
-        start = time.perf_counter()
-        if start - saved_at >= min(20 * saving, 15) or epoch + 1 == shared["epochs"]:
-            for m, (folder, config, history) in enumerate(zip(folders, configs, histories)):
-                if m in diverged:
-                    continue
-                run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
-                run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m), history=history,
-                                                  optimizer=stack.member(optimizer.state_dict()["state"], m)))
-            saved_at = time.perf_counter()
-            saving = saved_at - start
-        on_epoch(epoch + 1, sum(train_losses) / members, sum(losses[0] for losses in test_losses) / members)
-
-    kept = lambda folder: len(run.load(folder)["history"]) if (folder / "ckpt.pt").exists() else 0
-    return [f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; {kept(folders[m])} "
-            "finished epochs are kept" for m, step in diverged.items()]
-
-
-def main(argv=None):
-    args = parse(argv)
-    device = run.device(args.device)
+def open_runs(configs, args):
+    """[(folder, config, checkpoint or None)] of the runs to train; writes their config.json and deletes what is overwritten."""
     runs = []
-    for config in configs(args):
+    for config in configs:
         folder = Path(args.out) / name(config)
         runs.append((folder, config, existing(folder, config, args)))
     for folder, config, _ in runs:     # written before anything goes: a full disk stops here
         run.write(folder / "config.json", json.dumps(config, indent=2).encode())
         if args.overwrite:
-            for file in "ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.png", "metrics.json":
-                (folder / file).unlink(missing_ok=True)
+            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "metrics.json", *folder.glob("samples*.png")]:
+                (folder / Path(file).name).unlink(missing_ok=True)
+    return runs
 
+
+def main_points(args, device):
+    """Train runs on points, as stacks."""
+    runs = open_runs(configs(args), args)
     finished = lambda run: len(run[2]["history"]) if run[2] else 0
     unfinished = sorted((run for run in runs if finished(run) < args.epochs), key=finished)
     size = args.stack or stack.size(device)
@@ -325,7 +169,7 @@ def main(argv=None):
     if len(unfinished) < len(runs):
         print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished already")
 
-    steps, terminal, start = POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
+    steps, terminal, start = train_points.POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
     before = sum(finished(run) for run in runs) * steps
     bar = tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal, smoothing=0)
     say = bar.write if terminal else functools.partial(print, flush=True)
@@ -348,7 +192,7 @@ def main(argv=None):
                 say(f"{line}  {spent:.0f} s, {left:.0f} s left")
         try:
             with run.enough_memory("a smaller --stack, --width or --batch-size"):
-                failures += train_stack(group, device, lambda: bar.update(len(group)), on_epoch)
+                failures += train_points.train_stack(group, device, lambda: bar.update(len(group)), on_epoch)
         except BaseException:
             bar.close()
             raise
@@ -367,5 +211,74 @@ def main(argv=None):
           f"{' ...' if len(runs) > 3 else ''} --steps 512")
 
 
+def main_pictures(args, device):
+    """Train runs on pictures, one after the other; in every process that torchrun started."""
+    rank, world = train_images.processes()
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if args.batch_size % world:
+        raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - make it a multiple")
+    precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    for data in dict.fromkeys(args.data):
+        for turn in range(2):                              # the first process downloads and decodes before the others
+            if turn == min(rank, 1):
+                sets = [images.load(data, split, args.data_dir, args.image_size, args.skip_corrupt) for split in ("train", "test")]
+            if world > 1:
+                distributed.barrier()
+        if len(sets[0]) < args.batch_size:
+            raise SystemExit(f"{data} has {len(sets[0])} pictures to train on, less than a batch - lower --batch-size")
+        args.data, shape = [data], list(sets[0].shape[1:])
+        for config in configs(args, shape=shape, flip=shape[0] == 3, precision=precision):
+            if rank == 0:
+                (folder, _, state), = open_runs([config], args)
+            if world > 1:
+                distributed.barrier()
+            if rank > 0:
+                folder = Path(args.out) / name(config)
+                state = run.load(folder) if args.resume and (folder / "ckpt.pt").exists() else None
+            torch.manual_seed(config["seed"])
+            model = train_images.build_model(config).to(device)
+            steps = args.epochs * (len(sets[0]) // args.batch_size)
+            if rank == 0:
+                print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(sets[0]):,} pictures of "
+                      f"{'x'.join(map(str, shape))}, {steps:,} steps in {precision} on {run.device_name(device)}"
+                      + (f", after step {state['step']:,}" if state else ""), flush=True)
+            with run.enough_memory("a smaller --batch-size, --channels or --image-size"):
+                last = train_images.train_run(
+                    folder, config, state, device, model, sets, steps, args.minutes, args.test_every, args.grid_every,
+                    args.compile if args.compile is not None else device.type == "cuda", progress(config, steps, args.minutes))
+            if rank == 0:
+                tests = ", ".join(f"{key.removeprefix('test_')} {value:.4g}" for key, value in last.items() if key.startswith("test_"))
+                print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; {last['seconds']:.0f} s")
+    if rank == 0:
+        print(f"next: python sample.py --ckpt {folder} --steps 500")
+
+
+def progress(config, steps, minutes):
+    """A function to be called at every step that shows loss, speed and time left now and then."""
+    start = shown = time.perf_counter()
+    first, terminal = None, sys.stderr.isatty()
+
+    def on_step(step, loss, seconds):
+        nonlocal first, start, shown
+        now = time.perf_counter()
+        if first is None:                                  # of the first step, which warms up, the clock does not run
+            first, start = step, now
+        elif now - shown > (1 if terminal else 30) or step == steps:
+            rate, shown = (step - first) / (now - start), now
+            left = min((steps - step) / rate, 60 * minutes - seconds)
+            print(f"step {step:,} of {steps:,}  loss {loss.item():.4f}  {rate:.2f} steps/s  "
+                  f"{rate * config['batch_size']:.0f} images/s  {max(left, 0):.0f} s left  ",
+                  end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+    return on_step
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = run.device(args.device)
+    (main_points if args.kind == "points" else main_pictures)(args, device)
+
+
 if __name__ == "__main__":
-    run.script(main, "the epochs saved so far are kept; go on with --resume, and without --overwrite")
+    run.script(main, "what was saved so far is kept; go on with --resume, and without --overwrite")

@@ -15,6 +15,7 @@ import reproduce
 import run
 import sample
 import train
+import train_points
 from datasets2d import DATASETS, GaussianMixture
 from ddpm import SCHEDULES
 from mlp import MLP
@@ -30,7 +31,7 @@ FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "
 def study(tmp_path_factory):
     """`all` with two seeds and two epochs of a narrow network on 5,000 points, 2 and 16 steps -> (folder, drawn, call)."""
     folder, drawn, patch = tmp_path_factory.mktemp("study"), {}, pytest.MonkeyPatch()
-    caches = train.optimal_predictions, train.optimal_errors, sample.floor, reproduce.judging_points
+    caches = train_points.optimal_predictions, train_points.optimal_errors, sample.floor, reproduce.judging_points
     clear = lambda: [cache.cache_clear() for cache in caches]        # they hold sets of another size
     clear()
     patch.setattr(train, "POINTS", 5000)
@@ -89,7 +90,7 @@ def test_table_4_1_is_the_runs_own_numbers(study):
             for seed in range(2):
                 folder_of_run = folder / "runs" / f"{'exact' if loss == 'nelbo' else 'stabilised'}-2-epochs"
                 state = run.load(folder_of_run / f"{data}-{target}-{loss}-s{seed}")
-                model = train.build_model(state["config"])
+                model = train_points.build_model(state["config"])
                 model.load_state_dict(state["model"])
                 values.append(reproduce.exact_nelbo(model, target, data, state["config"]["stabiliser"]).mean().item())
             assert row[column] == expected_cell(values)
@@ -125,7 +126,7 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
 
     def never(*args, **kw):
         raise AssertionError("done twice")
-    monkeypatch.setattr(train, "train_stack", never)
+    monkeypatch.setattr(train_points, "train_stack", never)
     with monkeypatch.context() as patch:
         patch.setattr(sample, "draw", never)
         call("table4.1"), call("fig4.12"), call("steps")
@@ -194,7 +195,7 @@ def test_what_the_loss_figures_show(study):
         assert (first, last[0]) == ("epoch 1", "epoch 2")
         assert values.tolist() == torch.tensor([history(folder, "mse", "swiss_roll", target, seed)[0]["train_loss_over_t"]
                                                 for seed in range(2)]).tolist()
-        errors = train.optimal_errors("swiss_roll", target, "cosine", 1e-6, 0.01)
+        errors = train_points.optimal_errors("swiss_roll", target, "cosine", 1e-6, 0.01)
         assert abs(best.mean() / errors.mean() - 1) < 0.01           # bins of equal size
 
 
@@ -203,11 +204,11 @@ def test_what_the_variance_figure_shows(study):
     label, target, values, best = drawn["fig4.11"][0]["waves"][2]
     assert label == target == "v" and values.shape == (2, 20)
     state = run.load(folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1")
-    model = train.build_model(state["config"])
+    model = train_points.build_model(state["config"])
     model.load_state_dict(state["model"])
-    z, t, y, _ = train.test_batch(state["config"])
+    z, t, y, _ = train_points.test_batch(state["config"])
     for errors, curve in ((model(z, t) - y).square().mean(1).detach(), values[1]), \
-            (train.optimal_errors("waves", "v", "cosine", 1e-6, 0.01), best):
+            (train_points.optimal_errors("waves", "v", "cosine", 1e-6, 0.01), best):
         inside = (t > 0.55) & (t < 0.6)
         assert_close(curve[11], errors[inside].var(correction=0), rtol=0.02, atol=0)
 
@@ -278,8 +279,8 @@ def test_the_exact_nelbo_is_the_loss_with_t_uniform(monkeypatch):
 def test_nothing_lies_below_the_optimum_by_more_than_its_monte_carlo_error(target, loss):
     """The exact denoiser against itself, pushed a little in any direction: every push costs."""
     config = dict(data="waves", target=target, loss=loss, schedule="cosine", t_min=1e-3, stabiliser=0.01)
-    z, t, y, weights = train.test_batch(config)
-    best = train.optimal_errors("waves", target, "cosine", 1e-3, 0.01)
+    z, t, y, weights = train_points.test_batch(config)
+    best = train_points.optimal_errors("waves", target, "cosine", 1e-3, 0.01)
     exact = DATASETS["waves"].optimal_model(target, COSINE, 0.01)(z, t)
     torch.manual_seed(0)
     for push in 0.05 * exact, -0.05 * exact, 0.1 * z, 0.1 * MLP(width=32)(z, t).detach(), 0.1 * torch.sin(5 * z):
@@ -287,7 +288,7 @@ def test_nothing_lies_below_the_optimum_by_more_than_its_monte_carlo_error(targe
         error = excess.std(0) / len(t)**0.5
         cost = (push.square().mean(1)[:, None] * weights).mean(0)    # the errors of the exact denoiser are orthogonal to it
         assert (excess.mean(0) > -3 * error).all() and ((excess.mean(0) - cost).abs() < 4 * error).all()
-    assert_close(train.optimum(config, weights), (best[:, None] * weights).mean(0))
+    assert_close(train_points.optimum(config, weights), (best[:, None] * weights).mean(0))
 
 
 def test_quick_and_other_settings_do_not_touch_the_results(monkeypatch):

@@ -17,6 +17,7 @@ import plots
 import run
 import sample
 import train
+import train_points
 from datasets2d import DATASETS
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +40,7 @@ def test_samples_and_distances(trained, tmp_path, capsys):
     samples = np.load(tmp_path / "samples.npy")
     assert samples.shape == (5000, 2) and samples.dtype == np.float32
     result = json.loads((tmp_path / "metrics.json").read_text())
-    real = train.test_set("clusters")
+    real = train_points.test_set("clusters")
     assert real.shape == (50_000, 2)
     for name in "mean_distance", "covariance_distance":
         assert abs(result[name] - getattr(metrics, name)(torch.from_numpy(samples), real).item()) < 1e-6
@@ -74,7 +75,7 @@ def test_the_grid_of_steps_has_its_own_t_min(trained, tmp_path):
     state["config"]["t_min"] = 1e-6
     state["history"] = state["history"][:2]
     run.save(tmp_path / "ckpt.pt", state)
-    model = train.build_model(state["config"])
+    model = train_points.build_model(state["config"])
     model.load_state_dict(state["model"])
     for extra, t_min in ([], 1e-3), (["--t-min", "0.02"], 0.02):
         draw(tmp_path, "--steps", "3", "--num-samples", "20", *extra)
@@ -178,7 +179,7 @@ def test_defaults_and_what_the_picture_shows(trained, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(plots, "scatter", lambda panels, path: shown.update(panels))
     draw(trained, "--steps", "2", "--num-samples", "50", "--out", str(tmp_path))
-    assert torch.equal(shown["clusters, data"], train.test_set("clusters"))
+    assert torch.equal(shown["clusters, data"], train_points.test_set("clusters"))
     assert np.array_equal(shown["v, mse, 2 steps"].numpy(), np.load(tmp_path / "samples.npy"))
     assert plots.plt.get_fignums() == []
 

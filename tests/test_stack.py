@@ -14,6 +14,7 @@ import run
 import sample
 import stack
 import train
+import train_points
 from mlp import MLP
 
 FAST = ["--epochs", "3", "--batch-size", "5000", "--width", "16", "--device", "cpu"]
@@ -58,8 +59,8 @@ def test_predictions_and_steps_of_plain_gradient_descent_are_the_same_bits(width
     """All but Adam, whose fused kernel rounds the end of a tensor otherwise."""
     names = train.configs(train.parse([*STACK, *FAST, "--width", str(width)]))[:members]
     torch.manual_seed(0)
-    alone = [train.build_model(config) for config in names]
-    together = train.build_model(names[0], members)
+    alone = [train_points.build_model(config) for config in names]
+    together = train_points.build_model(names[0], members)
     together.load_state_dict(stack.join([model.state_dict() for model in alone]))
     points = {(data, seed): torch.randn(2048, 2) for data, seed in itertools.product(("clusters", "rings"), (0, 1))}
     data = [points[config["data"], config["seed"]] for config in names]
@@ -68,7 +69,7 @@ def test_predictions_and_steps_of_plain_gradient_descent_are_the_same_bits(width
 
     def epoch(model, configs, data):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        return train.train_epoch(train.build_step(model, optimizer, len(configs)), optimizer, data, 0, configs)
+        return train_points.train_epoch(train_points.build_step(model, optimizer, len(configs)), optimizer, data, 0, configs)
     values, over_t = epoch(together, names, data)
     for m, (model, config) in enumerate(zip(alone, names)):
         value, t = epoch(model, [config], [data[m]])
@@ -86,13 +87,13 @@ def test_a_checkpoint_holds_its_member_only(stacked):
 def test_an_interrupted_stack_goes_on_from_wherever_its_members_are(stacked, tmp_path, monkeypatch, capsys):
     """One run finished alone, a stack stopped in its second epoch, the rest never begun."""
     train.main(["--data", "rings", "--target", "x", "--loss", "mse", "--stabiliser", "0.01", *FAST, "--out", str(tmp_path)])
-    original = train.train_epoch
+    original = train_points.train_epoch
 
     def stop(step, optimizer, data, epoch, *rest):
         if epoch == 1:
             raise KeyboardInterrupt
         return original(step, optimizer, data, epoch, *rest)
-    monkeypatch.setattr(train, "train_epoch", stop)
+    monkeypatch.setattr(train_points, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         train.main([*STACK, *FAST, "--stack", "6", "--out", str(tmp_path), "--resume"])
     monkeypatch.undo()
@@ -112,13 +113,13 @@ def test_one_finished_run_stops_a_stack_before_it_begins(stacked, tmp_path):
 
 
 def test_a_diverging_member_is_named_when_the_others_are_done(tmp_path, monkeypatch):
-    original = train.train_epoch
+    original = train_points.train_epoch
 
     def diverge(*arguments):
         values, over_t = original(*arguments)
         values[7, 1:] = float("nan")       # of the second member, if there is one
         return values, over_t
-    monkeypatch.setattr(train, "train_epoch", diverge)
+    monkeypatch.setattr(train_points, "train_epoch", diverge)
     with pytest.raises(SystemExit, match="rings-x-mse-s0: the loss is not finite from step 7 on .* 0 finished epochs") as stop:
         train.main(["--target", "eps", "x", "v", *FAST, "--stack", "2", "--out", str(tmp_path)])
     assert "\n" not in str(stop.value) and not (tmp_path / "rings-x-mse-s0" / "ckpt.pt").exists()
@@ -203,9 +204,9 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
     results, first = [], [c.clone() for c in batches[0]]
     for capture in False, True:
         torch.manual_seed(0)
-        model = train.build_model(config, 2)
-        optimizer = train.build_optimizer(model, config)
-        step = original = train.build_step(model, optimizer, 2)
+        model = train_points.build_model(config, 2)
+        optimizer = train_points.build_optimizer(model, config)
+        step = original = train_points.build_step(model, optimizer, 2)
         if not fresh:
             step(*batches[0])
         if capture:
@@ -223,22 +224,22 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
 def test_a_captured_step_on_cuda_is_the_eager_one(resumed):
     """Two epochs; resumed: the second with model and optimizer that come from a checkpoint."""
     configs = train.configs(train.parse(["--target", "x", "v", "--width", "32"]))
-    data, results = train.test_set("rings").cuda(), []
-    for build in (lambda *c: train.build_step(*c[:3])), train.ready_step:
+    data, results = train_points.test_set("rings").cuda(), []
+    for build in (lambda *c: train_points.build_step(*c[:3])), train_points.ready_step:
         torch.manual_seed(0)
-        model = train.build_model(configs[0], 2).cuda()
-        optimizer = train.build_optimizer(model, configs[0])
+        model = train_points.build_model(configs[0], 2).cuda()
+        optimizer = train_points.build_optimizer(model, configs[0])
         step = build(model, optimizer, 2, 512)
         for epoch in range(2):
             if epoch and resumed:
                 weights, state = copy.deepcopy(model.state_dict()), optimizer.state_dict()["state"]
-                model = train.build_model(configs[0], 2).cuda()
+                model = train_points.build_model(configs[0], 2).cuda()
                 model.load_state_dict(weights)
-                optimizer = train.build_optimizer(model, configs[0])
+                optimizer = train_points.build_optimizer(model, configs[0])
                 parts = [stack.member(state, m) for m in range(2)]
                 optimizer.load_state_dict({"state": stack.join(parts), "param_groups": optimizer.state_dict()["param_groups"]})
                 step = build(model, optimizer, 2, 512)
                 assert optimizer.param_groups[0]["lr"].is_cuda
-            train.train_epoch(step, optimizer, [data, data], epoch, configs)
+            train_points.train_epoch(step, optimizer, [data, data], epoch, configs)
         results.append([p.detach().cpu() for p in model.parameters()])
     assert_close(*results, rtol=1e-3, atol=1e-4)

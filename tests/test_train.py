@@ -16,6 +16,7 @@ import torch
 import losses
 import run
 import train
+import train_points
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from targets import TARGETS
@@ -111,10 +112,10 @@ def test_an_epoch_is_the_loop_written_by_hand(drawn):
     """Steps of plain gradient descent on losses.loss, batch by batch: every setting of the config counts."""
     config, = train.configs(train.parse([*FAST, *HARD, "--lr", "0.01"]))
     data = DATASETS["clusters"].sample(22_000, torch.Generator().manual_seed(0))
-    model = train.build_model(config)
+    model = train_points.build_model(config)
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step_losses, over_t = train.train_epoch(train.build_step(model, optimizer, 1), optimizer, [data], 1, [config])
+    step_losses, over_t = train_points.train_epoch(train_points.build_step(model, optimizer, 1), optimizer, [data], 1, [config])
     (x, t, eps), expected, errors = drawn[0], [], []
     assert len(x) == 20_000 and t.min() >= 0.05 and t.max() <= 0.95
     for i in range(4):
@@ -139,10 +140,10 @@ def test_an_epoch_is_the_loop_written_by_hand(drawn):
 def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, drawn):
     fit(tmp_path, *HARD, "--epochs", "1")
     x, t, eps = drawn[0]
-    assert torch.equal(x, train.test_set("clusters")) and t.min() >= 0.05
+    assert torch.equal(x, train_points.test_set("clusters")) and t.min() >= 0.05
     setting = dict(target="s", loss="nelbo", schedule=SCHEDULES["ve"], stabiliser=0.02)
     state = run.load(tmp_path / "clusters-s-nelbo-s0")
-    model = train.build_model(state["config"])
+    model = train_points.build_model(state["config"])
     model.load_state_dict(state["model"])
     best = DATASETS["clusters"].optimal_model("s", SCHEDULES["ve"], 0.02)
     for key, network in ("test_loss", model), ("optimum", best):
@@ -150,7 +151,7 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
         assert abs(state["history"][0][key] / value - 1) < 1e-4
     grad = []
     batches = torch.ones(10, 4, 2)
-    train.evaluate(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches, torch.ones(2, 20, 3))
+    train_points.evaluate(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches, torch.ones(2, 20, 3))
     assert grad == 10 * [False]
 
 
@@ -158,7 +159,7 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
 def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low, schedule):
     """Their mean over the test points whose t is in the range, whatever range the run is trained on."""
     config = dict(data="rings", target="s", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.01)
-    z, t, y, weights = train.test_batch(config)
+    z, t, y, weights = train_points.test_batch(config)
     errors, inside = (z - y).double().square().mean(1), (t >= low) & (t <= 1 - low)
     assert bool((~inside).any()) == (t_min < low) and (weights[:, 0] == 1).all()
     for k, judge in (1, "rescaled"), (2, "nelbo"):
@@ -179,19 +180,19 @@ def test_defaults_are_the_documented_ones():
                         batch_size=512, lr=1e-3, width=128, seed=0, seeds=1, device="auto", stack=None, out="runs",
                         resume=False, overwrite=False)
     config, = train.configs(train.parse([]))
-    optimizer = train.build_optimizer(train.build_model(config), config)
+    optimizer = train_points.build_optimizer(train_points.build_model(config), config)
     assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["betas"] == (0.9, 0.999)
     assert train.parse(["--batch-size", "50000"]).batch_size == 50_000
 
 
 def test_history_says_what_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: (torch.tensor([[1.0], [3.0]]), torch.ones(1, 20)))
+    monkeypatch.setattr(train_points, "train_epoch", lambda *args, **kw: (torch.tensor([[1.0], [3.0]]), torch.ones(1, 20)))
     fit(tmp_path, "--epochs", "1")
     folder = tmp_path / "clusters-eps-mse-s0"
     assert run.load(folder)["history"][0]["train_loss"] == 2
     nan = torch.tensor([[1.0], [1.0], [float("nan")], [1.0]])
     epochs = []
-    monkeypatch.setattr(train, "train_epoch", lambda *args, **kw: epochs.append(args[3]) or (nan, torch.ones(1, 20)))
+    monkeypatch.setattr(train_points, "train_epoch", lambda *args, **kw: epochs.append(args[3]) or (nan, torch.ones(1, 20)))
     for file in "samples.npy", "samples.png", "metrics.json":
         (folder / file).write_text("of the old run")
     with pytest.raises(SystemExit, match="from step 2 on"):
@@ -199,11 +200,11 @@ def test_history_says_what_happened(tmp_path, monkeypatch):
     assert epochs == [0]                                              # and stops there
     assert [p.name for p in folder.iterdir()] == ["config.json"]      # --overwrite removed the old run
     monkeypatch.undo()
-    original = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
+    original = train_points.evaluate
+    monkeypatch.setattr(train_points, "evaluate", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
     with pytest.raises(SystemExit, match="not finite from step 10 on"):
         fit(tmp_path)
-    monkeypatch.setattr(train, "evaluate", original)
+    monkeypatch.setattr(train_points, "evaluate", original)
 
 
 def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
