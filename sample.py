@@ -224,7 +224,7 @@ def main_pictures(runs, args, device):
         with run.enough_memory("a smaller --batch-size"):
             settings, seconds = draw_pictures(out / "samples", state, n, args, device)
         paths = sorted((out / "samples").glob("*.png"))[:64]
-        images.save_png(images.grid(torch.stack([images.decode(path) for path in paths]), 8), out / "samples.png")
+        images.save_png(images.grid(images.read(paths, paths, None, False), 8), out / "samples.png")
         result = {**config, **settings, "weights": "EMA", "sampler": "ancestral", "num_samples": n, "device": str(device)}
         print(f"{folder}: {n:,} pictures in {args.steps} steps, {seconds:.1f} s on {device}")
         if args.fid:
