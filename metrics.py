@@ -1,13 +1,26 @@
-r"""How good samples are: mean distance, covariance distance and their floor (thesis 4.3.1), log-density.
+r"""How good samples are: mean distance, covariance distance and their floor (thesis 4.3.1), log-density, and FID (4.3.2).
 
 Read `datasets2d.py` first. Two finite samples of one distribution already differ: with 10,000 points against 50,000 the
 mean distance is about 0.014. That is the floor; a result at the floor is as good as this metric can tell.
 
-Not here: FID (Eq. 4.6), and the likelihood of a model.
+FID is the distance of two Gaussians, fitted to what the Inception network says of two sets of pictures. The network and
+its weights are pytorch-fid's (95 MB, downloaded once), and so are the numbers. FID of few pictures is too high: compare
+equal numbers of them only. Not here: the likelihood of a model.
 
-    python metrics.py     # the floor of every set, 10,000 points against 50,000
+    python metrics.py                       # the floor of every set, 10,000 points against 50,000
+    python metrics.py samples data          # FID of two folders of pictures
+    python metrics.py samples data.npz      # the same, with statistics that pytorch-fid or sample.py has written
 """
+import argparse
+import io
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
 import torch
+from tqdm import tqdm
+
+import run
 
 
 def mean_distance(x, y):
@@ -48,8 +61,137 @@ def floor(dataset, n, m, repetitions=20, generator=None):
     return result
 
 
+def root(cov):
+    """A factor r (D, rank) of a covariance: r r^T = cov (D, D)."""
+    var, axes = torch.linalg.eigh(cov)
+    kept = var > len(cov) * torch.finfo(cov.dtype).eps * var[-1]         # the others are 0 up to rounding
+    return axes[:, kept] * var[kept].sqrt()
+
+
+def frechet_distance(mu_x, cov_x, mu_y, cov_y):
+    """Squared Frechet distance of two Gaussians, means (D,) and covariances (D, D), in float64 -> (); Eq. (4.6).
+
+    With Sx = a a^T and Sy = b b^T the eigenvalues of Sx Sy other than 0 are those of (a^T b)(a^T b)^T: the trace of its root
+    is the sum of the singular values of a^T b.
+    """
+    mu_x, cov_x, mu_y, cov_y = (moment.cpu().double() for moment in (mu_x, cov_x, mu_y, cov_y))   # MPS has no float64
+    # singular values: of a rank below D the eigenvalues' rounding, 1e-16, is 1e-8 each after the root
+    trace_root = torch.linalg.svdvals(root(cov_x).T @ root(cov_y)).sum()
+    return (mu_x - mu_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * trace_root
+
+
+def inception(weights=None, device="cpu", dims=2048):
+    """pytorch-fid's Inception network up to its layer of 64, 192, 768 or 2,048 features, to evaluate.
+
+    weights: a local file of them; None is pytorch-fid's own, from torch.hub's cache or else downloaded into it.
+    """
+    from pytorch_fid import inception as source                          # here: nothing else needs it or torchvision
+    url, folder = source.FID_WEIGHTS_URL, Path(torch.hub.get_dir(), "checkpoints")
+    path = weights or folder / Path(url).name
+    cure = f"put {url} into {folder}/, or name your copy with --inception-weights PATH"
+
+    def read(url, progress):                                             # its own may run code in the file
+        if weights is None:
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        return torch.load(weights, map_location="cpu", weights_only=True)
+    try:
+        with mock.patch.object(source, "load_state_dict_from_url", read):
+            model = source.InceptionV3([source.InceptionV3.BLOCK_INDEX_BY_DIM[dims]]).eval()
+    except OSError:                                                      # URLError is one
+        raise SystemExit(f"cannot read {path}{' or download it' if weights is None else ''} - {cure}") from None
+    except Exception as error:                                           # torch raises many kinds
+        raise SystemExit(f"{path} is damaged or not Inception's weights ({type(error).__name__}) - {cure}") from None
+    model.dims = dims
+    return model.to(device)
+
+
+@torch.no_grad()
+def features(pictures, model, batch_size=50):
+    """What the network says of pictures, uint8 (n, C, H, W) with C = 1 (grey) or 3 -> (n, dims), on the model's device."""
+    assert pictures.dtype == torch.uint8 and pictures.ndim == 4 and pictures.shape[1] in (1, 3), pictures.shape
+    device, result = next(model.parameters()).device, []
+    for batch in tqdm(pictures.split(batch_size), desc="Inception", unit="batch", leave=False, disable=None):
+        batch = batch.expand(-1, 3, -1, -1).to(device).float() / 255     # in [0, 1]; the network resizes to 299 x 299
+        result.append(model(batch)[0].mean((2, 3)))                      # (B, dims, h, w) -> (B, dims)
+    return torch.cat(result)
+
+
+def moments(features):
+    """Mean (D,) and covariance (D, D) of features (n, D), in float64 on the CPU."""
+    features = features.cpu().double()
+    return features.mean(0), covariance(features)
+
+
+def enough_pictures(n, dims=2048):
+    """SystemExit if n pictures are too few for the FID of so many features."""
+    if n < dims:
+        raise SystemExit(f"{n:,} are too few: with fewer than {dims:,} pictures the covariance of {dims:,} features is "
+                         f"singular and FID is mostly bias - take at least {dims:,}, better 10,000")
+
+
+def statistics(pictures, model, batch_size=50):
+    """Mean, covariance and number of pictures, uint8 (n, C, H, W), as the network sees them; what `fid` compares."""
+    enough_pictures(len(pictures), model.dims)
+    return *moments(features(pictures, model, batch_size)), len(pictures)
+
+
+def load_statistics(path, dims=2048):
+    """Read the statistics in an .npz file of ours or of pytorch-fid, which does not say n: None then."""
+    try:
+        with np.load(path) as arrays:
+            mean, cov = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+            n = int(arrays["n"]) if "n" in arrays else None
+        if mean.shape != (dims,) or cov.shape != (dims, dims) or not (mean.sum() + cov.sum()).isfinite():
+            raise ValueError
+    except Exception:                                                    # numpy raises many kinds
+        raise SystemExit(f"cannot read {path}: missing, damaged or not mu and sigma of {dims:,} features - give another, or "
+                         "delete it to have it made again") from None
+    return mean, cov, n
+
+
+def reference_statistics(path, make_pictures, model, batch_size=50):
+    """The statistics in the .npz file `path`; if there is none, those of make_pictures(), uint8 (n, C, H, W), written there.
+
+    pytorch-fid reads the file too. The file does not know its pictures or weights: one file for each set.
+    """
+    if not Path(path).exists():
+        mean, cov, n = statistics(make_pictures(), model, batch_size)
+        buffer = io.BytesIO()
+        np.savez(buffer, mu=mean.numpy(), sigma=cov.numpy(), n=n)
+        run.write(path, buffer.getbuffer())
+    return load_statistics(path, model.dims)
+
+
+def fid(x, y):
+    """FID of two sets given by their statistics, (mean, cov, n) each, Eq. (4.6)."""
+    return frechet_distance(*x[:2], *y[:2]).item()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python metrics.py [A B] [options], see --help")
+    parser.add_argument("paths", nargs="*", metavar="A B", help="two sets of pictures: folders, or .npz of their statistics")
+    parser.add_argument("--inception-weights", metavar="PATH", help="local file of the network's weights (downloaded once)")
+    parser.add_argument("--dims", type=int, choices=[64, 192, 768, 2048], default=2048, help="features; of FID 2048 (2048)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
+    args = parser.parse_args(argv)
+    if not args.paths:
+        from datasets2d import DATASETS
+        for name, dataset in DATASETS.items():
+            distances = floor(dataset, 10_000, 50_000)
+            print(f"{name:11s} " + "  ".join(f"{key} {mean:.4f} +- {std:.4f}" for key, (mean, std) in distances.items()))
+        return
+    if len(args.paths) != 2:
+        parser.error("give two folders or .npz files for their FID, or none for the floors")
+    if not all(path.endswith(".npz") for path in args.paths):
+        from images import read_folder
+        model = inception(args.inception_weights, run.device(args.device), args.dims)
+    with run.enough_memory("fewer pictures"):
+        x, y = (load_statistics(path, args.dims) if path.endswith(".npz") else statistics(read_folder(path), model)
+                for path in args.paths)
+    a, b = (f"{path} (n = {n or 'not recorded'})" for path, (_, _, n) in zip(args.paths, (x, y)))
+    print(f"FID {fid(x, y):.4f} of {a} and {b}, {args.dims} features")
+
+
 if __name__ == "__main__":
-    from datasets2d import DATASETS
-    for name, dataset in DATASETS.items():
-        distances = floor(dataset, 10_000, 50_000)
-        print(f"{name:11s} " + "  ".join(f"{key} {mean:.4f} +- {std:.4f}" for key, (mean, std) in distances.items()))
+    run.script(main, "type the same command to measure again")
