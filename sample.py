@@ -44,7 +44,7 @@ def parse(argv):
     parser.add_argument("--out", help="folder for the results (the run's folder), with one in it for each of several runs")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("pictures")
-    group.add_argument("--batch-size", type=run.number(int, 1), default=250, help="drawn at once (250)")
+    group.add_argument("--batch-size", type=run.number(int, 1), help="drawn at once (64 on a CPU, else 250)")
     group.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True,
                        help="keep x_hat in [-1, 1] at every step (yes)")
     group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
@@ -239,6 +239,7 @@ def main_pictures(runs, args, device):
 def main(argv=None):
     args = parse(argv)
     device = run.device(args.device)
+    args.batch_size = args.batch_size or (64 if device.type == "cpu" else 250)
     runs = [load(Path(ckpt)) for ckpt in args.ckpt or [run.newest()]]
     if args.out and len({folder.name for folder, _ in runs}) < len(runs):
         raise SystemExit("two of these runs have one name and would share a folder in --out - leave it out, or draw them apart")
