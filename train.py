@@ -81,7 +81,8 @@ def parse(argv):
     group.add_argument("--ema", type=run.number(float, 0, 1), default=0.9999, help="decay of the averaged weights (0.9999)")
     group.add_argument("--warmup", type=run.number(int, 1), default=1000, help="steps until --lr is reached (1000)")
     group.add_argument("--clip-norm", type=run.number(float, 0), default=1.0, help="largest norm of the gradient (1)")
-    group.add_argument("--minutes", type=run.number(float, 0), default=float("inf"), help="stop after so long; --resume goes on")
+    group.add_argument("--minutes", type=run.number(float, 0), default=float("inf"), 
+                       help="stop after so long, further runs of this call after as many steps; --resume goes on (no limit)")
     group.add_argument("--test-every", type=run.number(int, 1), default=2000, help="steps between two tests (2000)")
     group.add_argument("--grid-every", type=run.number(int, 1), default=10_000, help="steps between two grids of samples (10000)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile (on CUDA)")
@@ -219,6 +220,7 @@ def main_pictures(args, device):
         torch.cuda.set_device(device)
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - make it a multiple")
+    limit = dict(minutes=args.minutes)                     # of the first run, then its number of steps
     precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     for data in dict.fromkeys(args.data):
         for turn in range(2):                              # the first process downloads and decodes before the others
@@ -239,15 +241,18 @@ def main_pictures(args, device):
                 state = run.load(folder) if args.resume and (folder / "ckpt.pt").exists() else None
             torch.manual_seed(config["seed"])
             model = train_images.build_model(config).to(device)
-            steps = args.epochs * (len(sets[0]) // args.batch_size)
+            steps = limit.get("steps", args.epochs * (len(sets[0]) // args.batch_size))
             if rank == 0:
                 print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(sets[0]):,} pictures of "
                       f"{'x'.join(map(str, shape))}, {steps:,} steps in {precision} on {run.device_name(device)}"
                       + (f", after step {state['step']:,}" if state else ""), flush=True)
             with run.enough_memory("a smaller --batch-size, --channels or --image-size"):
                 last = train_images.train_run(
-                    folder, config, state, device, model, sets, steps, args.minutes, args.test_every, args.grid_every,
-                    args.compile if args.compile is not None else device.type == "cuda", progress(config, steps, args.minutes))
+                    folder, config, state, device, model, sets, steps, limit["minutes"], args.test_every, args.grid_every,
+                    args.compile if args.compile is not None else device.type == "cuda",
+                    progress(config, steps, limit["minutes"]))
+            if args.minutes < float("inf"):                # so that runs of one call are trained equally long
+                limit = dict(minutes=float("inf"), steps=last["step"])
             if rank == 0:
                 tests = ", ".join(f"{key.removeprefix('test_')} {value:.4g}" for key, value in last.items() if key.startswith("test_"))
                 print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; {last['seconds']:.0f} s")
