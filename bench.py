@@ -1,13 +1,18 @@
-"""How fast training and sampling are, alone and as a stack, beside the loop everybody writes, in one run.
+"""How fast training and sampling are: of points beside the loop everybody writes, of pictures beside other UNets.
 
-    python bench.py                                        # on the GPU if there is one, else on the CPU
+    python bench.py                                        # points, on the GPU if there is one, else on the CPU
     python bench.py --device cpu --width 256
+    python bench.py unet                                   # pictures; the UNets of diffusers and denoising-diffusion-pytorch
+                                                           # join where they are installed
 
-All loops train the same network on the same points with the same batch size and optimiser; rounds alternate and the
-median counts. Times are per network and step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by
-their number. Peak memory is the process's resident set on a CPU and torch's allocations on CUDA.
+Points: all loops train the same network on the same points with the same batch size and optimiser. Times are per network and
+step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by their number. Pictures: all networks have as
+many channels, blocks and layers; FLOP are counted (two for a multiply and add; training is three forward passes) and
+compared with a large product of matrices in the same run. Rounds alternate and the median counts. Peak memory is the
+process's resident set on a CPU and torch's allocations on CUDA.
 """
 import argparse
+import functools
 import resource
 import statistics
 import sys
@@ -22,6 +27,7 @@ import sample
 import stack
 import train
 import train_points
+import unet
 from datasets2d import DATASETS
 from targets import TARGETS
 
@@ -62,15 +68,9 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    parser.add_argument("--batch-size", type=run.number(int, 1, train_points.POINTS), default=512, help="(512)")
-    parser.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers (128)")
-    parser.add_argument("--target", choices=TARGETS, default="eps", help="of our loop (eps)")
-    parser.add_argument("--rounds", type=run.number(int, 1), default=7, help="epochs of each loop (7)")
-    args = parser.parse_args(argv)
-    device = run.device(args.device)
+def points(args, device):
+    """Training and sampling of points."""
+    args.batch_size = args.batch_size or 512
     print(f"torch {torch.__version__}, {run.device_name(device)}, batch {args.batch_size}, width {args.width}")
 
     shape = [f"--batch-size={args.batch_size}", f"--width={args.width}"]
@@ -115,9 +115,111 @@ def main(argv=None):
         step = statistics.median(seconds(draw, device) for _ in range(3)) / steps / len(states)
         print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step {flop / 3 / args.batch_size * n / step / 1e9:7.1f} GFLOP/s"
               f"   {n:,} points")
+    print_memory(device)
+
+
+def print_memory(device):
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"memory      {peak / 2**20:.0f} MiB at the peak")
+
+
+def peers(channels, multiples, layers):
+    """Other libraries' UNets of like size for 32 x 32, those that are installed: {name: network}; network(z, t)."""
+    networks = {}
+    try:
+        from diffusers import UNet2DModel
+        kinds = ["Attn" if i == 1 else "" for i in range(len(multiples))]
+
+        class Diffusers(UNet2DModel):
+            def forward(self, z, t):
+                return super().forward(z, 1000 * t).sample
+        networks["diffusers"] = Diffusers(
+            sample_size=32, block_out_channels=[channels * m for m in multiples], layers_per_block=layers, norm_eps=1e-6,
+            attention_head_dim=None, down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)])
+    except ImportError:
+        print("diffusers is not installed: pip install diffusers")
+    try:
+        from denoising_diffusion_pytorch import Unet
+        networks["denoising-diffusion-pytorch"] = Unet(channels, dim_mults=multiples,
+                                                       full_attn=[i == 1 for i in range(len(multiples))])
+    except ImportError:
+        print("denoising-diffusion-pytorch is not installed: pip install denoising-diffusion-pytorch")
+    return networks
+
+
+def ceiling(device, dtype):
+    """FLOP/s of a large product of matrices."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    repeat = lambda: [a @ a for _ in range(5)]
+    repeat()
+    return 5 * 2 * n**3 / statistics.median(seconds(repeat, device) for _ in range(5))
+
+
+def unet_train(network, optimizer, precision, z, t):
+    """One step of training, the network's prediction against zero."""
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = network(z, t).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def unet_sample(network, optimizer, precision, z, t):
+    """One evaluation, as in every step of sampling."""
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        network(z, t)
+
+
+def pictures(args, device):
+    """Training and sampling with the UNet of `unet.PRESETS["ddpm"]`, each network in bf16 and in fp32 (on CUDA tf32)."""
+    batch, preset = args.batch_size or (16 if device.type == "cpu" else 128), unet.PRESETS["ddpm"]
+    preset = preset | dict(channels=args.channels)
+    print(f"torch {torch.__version__}, {run.device_name(device)}, batch {batch}, 32 x 32, {args.channels} channels")
+    torch.set_float32_matmul_precision("high")              # tf32 on CUDA
+    top = ceiling(device, torch.bfloat16)
+    print(f"ceiling     bf16 product of large matrices {top / 1e12:35.2f} TFLOP/s")
+    z, t = torch.randn(batch, 3, 32, 32, device=device), torch.rand(batch, device=device)
+    networks = {"unet.py": unet.UNet(**preset), **peers(args.channels, preset["channel_mult"], preset["layers"])}
+    contenders = {}
+    for name, network in networks.items():
+        flop, network = unet.flop(network, (3, 32, 32)), network.to(device)
+        print(f"size        {name:27s} {sum(p.numel() for p in network.parameters()):12,} parameters {flop / 1e9:7.2f} GFLOP forward")
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+        for precision in "bf16", "fp32":
+            ours = name == "unet.py" and device.type == "cuda"         # as train.py has it there
+            ready = torch.compile(network.to(memory_format=torch.channels_last)) if ours else network
+            contenders[name, precision] = ready, optimizer, precision, flop * batch
+    for title, function, passes in ("training", unet_train, 3), ("sampling", unet_sample, 1):
+        times = {key: [] for key in contenders}
+        for _ in range(args.rounds + 1):
+            for key, (network, optimizer, precision, _) in contenders.items():
+                step = functools.partial(function, network, optimizer, precision, z, t)
+                times[key].append(seconds(step, device))
+        times = {key: statistics.median(values[1:]) for key, values in times.items()}       # the first round warms up
+        speed = {key: passes * contenders[key][3] / value for key, value in times.items()}  # FLOP/s
+        best = max((value for (name, _), value in speed.items() if name != "unet.py"), default=None)
+        for (name, precision), value in speed.items():
+            print(f"{title:11s} {name:27s} {precision} {batch / times[name, precision]:9.1f} images/s {value / 1e12:8.3f} TFLOP/s "
+                  f"{100 * value / top:5.1f} % of the ceiling" + (f"   this / best of the others {value / best:.2f}" if best else ""))
+    print_memory(device)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["points", "unet"], default="points", help="(points)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
+    parser.add_argument("--batch-size", type=run.number(int, 1, train_points.POINTS),
+                        help="(points: 512; pictures: 16 on a CPU, else 128)")
+    parser.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers, points (128)")
+    parser.add_argument("--target", choices=TARGETS, default="eps", help="of our loop, points (eps)")
+    parser.add_argument("--channels", type=run.number(int, 32), default=128, help="of the UNets' first block (128)")
+    parser.add_argument("--rounds", type=run.number(int, 1), default=7, help="epochs or steps of each (7)")
+    args = parser.parse_args(argv)
+    (points if args.what == "points" else pictures)(args, run.device(args.device))
 
 
 if __name__ == "__main__":

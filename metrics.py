@@ -80,15 +80,20 @@ def frechet_distance(mu_x, cov_x, mu_y, cov_y):
     return (mu_x - mu_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * trace_root
 
 
+def downloaded_weights():
+    """Where torch.hub has the network's weights, or will have them."""
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+    return Path(torch.hub.get_dir(), "checkpoints", Path(FID_WEIGHTS_URL).name)
+
+
 def inception(weights=None, device="cpu", dims=2048):
     """pytorch-fid's Inception network up to its layer of 64, 192, 768 or 2,048 features, to evaluate.
 
     weights: a local file of them; None is pytorch-fid's own, from torch.hub's cache or else downloaded into it.
     """
     from pytorch_fid import inception as source                          # here: nothing else needs it or torchvision
-    url, folder = source.FID_WEIGHTS_URL, Path(torch.hub.get_dir(), "checkpoints")
-    path = weights or folder / Path(url).name
-    cure = f"put {url} into {folder}/, or name your copy with --inception-weights PATH"
+    url, path = source.FID_WEIGHTS_URL, weights or downloaded_weights()
+    cure = f"put {url} into {downloaded_weights().parent}/, or name your copy with --inception-weights PATH"
 
     def read(url, progress):                                             # its own may run code in the file
         if weights is None:

@@ -1,8 +1,9 @@
-"""Make the tables and 2D figures of the thesis, beside their optimum, from real runs: trains what is missing, draws.
+"""Make the tables and figures of the thesis, those of points beside their optimum, from real runs: trains what is missing.
 
     python reproduce.py table4.1                  # 144 networks: about an hour on 2 CPU cores
     python reproduce.py table4.1 --quick          # 20 epochs, 1 seed, 2,500 samples: a preview in minutes
-    python reproduce.py all
+    python reproduce.py all                       # but table4.2
+    python reproduce.py table4.2 --budget 60      # pictures, CIFAR-10: so many minutes of training on a GPU, then sampling
 
 Runs and their samples are kept under --runs and never made twice; an interrupted call goes on where it was. Results are
 written to --out, with their index, README.md.
@@ -33,6 +34,7 @@ from datasets2d import DATASETS
 
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
+PICTURE_STEPS = 500    # thesis 4.4.4
 DISTANCES = "mean_distance", "covariance_distance"
 # As the thesis computes them (ERRATA.md entry 8): t in all of [0, 1], the stabiliser in the score and in the weights.
 STABILISED = ["--loss", "mse", "nelbo_stable", "--t-min", "1e-6", "--stabiliser", "0.01"]
@@ -56,6 +58,10 @@ THESIS = {(row.split()[0], row.split()[1]): [float(number) for number in row.spl
     waves      eps  2.6805 0.0405 0.0757   0.4500 0.0748 0.0778
     waves      v    2.6873 0.0447 0.0738   0.9411 0.0131 0.0271
     waves      s    1.0210 0.0353 0.1369   3.4165 0.0178 0.1676""".splitlines()}
+
+
+# Thesis, Table 4.2: NELBO and its FID, weighted loss and its FID.
+THESIS_PICTURES = {"x": (0.09, 13.54, 0.05, 16.96), "eps": (0.84, 24.26, 0.06, 13.75), "v": (0.86, 18.18, 0.12, 18.24)}
 
 
 def trained(args, options, data=tuple(DATASETS)):
@@ -197,6 +203,39 @@ def table4_1(args):
     return text
 
 
+def table4_2(args):
+    """Pictures. The budget is shared by six runs of equally many steps; what is not an option here goes to train.py."""
+    root = Path(args.runs) / f"table4.2-{Path(args.data).resolve().name}-{args.budget:g}-minutes"
+    argv = ["--data", args.data, "--target", *THESIS_PICTURES, "--loss", "mse", "nelbo", "--minutes", str(args.budget / 6),
+            "--out", str(root), "--device", args.device, "--data-dir", args.data_dir, "--resume", *args.more]
+    train.main(argv)
+    at_hand = args.inception_weights or metrics.downloaded_weights().exists()
+    n = args.num_samples if at_hand else 64
+    fid = ["--fid", *(["--inception-weights", args.inception_weights] if args.inception_weights else [])] if at_hand else []
+    folder = lambda target, loss: root / f"{Path(args.data).resolve().name}-{target}-{loss}-s0"
+    folders = [str(folder(target, loss)) for target in THESIS_PICTURES for loss in ("mse", "nelbo")]
+    sample.main(["--ckpt", *folders, "--steps", str(PICTURE_STEPS), "--num-samples", str(n), "--data-dir", args.data_dir,
+                 "--device", args.device, *fid])
+    lines = []
+    for target, thesis in THESIS_PICTURES.items():
+        last = {loss: run.load(folder(target, loss))["history"][-1] for loss in ("mse", "nelbo")}
+        drawn = {loss: json.loads((folder(target, loss) / "metrics.json").read_text()) for loss in last}
+        fids = [f"{drawn[loss]['fid']:.2f}" if "fid" in drawn[loss] else "-" for loss in last]
+        lines.append([target, f"{thesis[2]:.2f}", f"{last['mse']['test_mse']:.4f}", f"{thesis[0]:.2f}",
+                      f"{last['nelbo']['test_nelbo_stable']:.4f}", *(f"{last[loss]['test_nelbo']:.4f}" for loss in last),
+                      f"{thesis[3]:.2f}", fids[0], f"{thesis[1]:.2f}", fids[1]])
+    state = run.load(folders[0])
+    config, parameters = state["config"], sum(value.numel() for value in state["ema"].values())
+    return [*rows(["target", "weighted loss: thesis", "ours", "NELBO, thesis's units: thesis", "ours", "exact NELBO, trained with `mse`",
+                   "with `nelbo`", "FID, weighted: thesis", "ours", "FID, NELBO: thesis", "ours"], lines),
+            f"{args.data}, {'x'.join(map(str, config['shape']))}, test split, averaged weights, one seed. {parameters:,} parameters, "
+            f"{state['step']:,} steps of {config['batch_size']} pictures in {config['precision']} for each of six runs, "
+            f"{state['seconds'] / 60:.1f} minutes for the first. Exact NELBO in nats per dimension, t in [0.001, 0.999]; in the thesis's units "
+            "it is `nelbo_stable` (ERRATA.md, entry 8), of networks trained on the exact one. "
+            + (f"FID of {n:,} pictures, {PICTURE_STEPS} ancestral steps, clipped, against the train split." if at_hand else
+               "No FID: Inception's weights are not at hand, see python sample.py --help.")]
+
+
 def steps(args):
     runs = {key: value for key, value in trained(args, STABILISED, ["rings"]).items()
             if key[1] in ("x", "v") and key[2] == "mse"}
@@ -325,6 +364,7 @@ RESULTS = {
     "table4.1":  (table4_1, "loss and sample quality of every set, target and loss",
                   "trained models lie at the best possible of each loss, as the thesis's do; judged by one exact NELBO, "
                   "x and s with the thesis's losses are the worst and not the best"),
+    "table4.2":  (table4_2, "losses and FID of pictures for x, eps and v", "what so many minutes of training give"),
     "steps":     (steps, "what more sampling steps do, x and v on the rings",
                   "beyond 64 steps x draws the rings thinner and thinner, v does not"),
     "fig3.2":    (fig3_2, "log-SNR of the three schedules", "the cosine changes slowest in the middle and is infinite at both ends; t from 0.001 to 0.999"),
@@ -363,6 +403,9 @@ RESULTS = {
 }
 
 
+TABLES = table4_1, table4_2, steps
+
+
 def write_index(out):
     """README.md of the results folder from index.json: the pictures that are there, what to see, command, time, machine."""
     index = json.loads((out / "index.json").read_text())
@@ -382,9 +425,12 @@ def make(name, args):
     function, start, out = RESULTS[name][0], time.perf_counter(), Path(args.out)
     where = run.device_name(run.device(args.device))
     defaults = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
+    if function is table4_2:
+        defaults = {"data": "cifar10", "budget": None, "num_samples": 10_000}
     command = f"python reproduce.py {name}" + "".join(f" --{key.replace('_', '-')} {getattr(args, key)}"
                                                       for key, value in defaults.items() if getattr(args, key) != value)
-    if function in (table4_1, steps):
+    command = " ".join([command, *args.more])
+    if function in TABLES:
         lines = function(args) + ["", f"`{command}`, torch {torch.__version__}, {where}."]
         print("\n" + "\n".join(lines) + "\n")
         run.write(out / f"{name}.md", ("\n".join(lines) + "\n").encode())
@@ -394,12 +440,12 @@ def make(name, args):
     index[name] = dict(command=command, seconds=time.perf_counter() - start, where=where)
     run.write(out / "index.json", json.dumps(index, indent=1).encode())
     write_index(out)
-    print(f"wrote {out / name}.{'md' if function in (table4_1, steps) else 'png'}")
+    print(f"wrote {out / name}.{'md' if function in TABLES else 'png'}")
 
 
 def main(argv=None):
     names = "\n".join(f"  {name:10s} {title}" for name, (_, title, _) in RESULTS.items())
-    parser = argparse.ArgumentParser(description=f"{__doc__}\n{names}\n  all        all of these",
+    parser = argparse.ArgumentParser(description=f"{__doc__}\n{names}\n  all        all of these but table4.2",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python reproduce.py NAME [options], see --help")
     parser.add_argument("name", choices=[*RESULTS, "all"], metavar="NAME", help="one of the above")
@@ -410,12 +456,19 @@ def main(argv=None):
     parser.add_argument("--runs", default="runs", help="folder of the runs (runs)")
     parser.add_argument("--out", help="folder of the results (results; with other seeds, epochs or samples <runs>/results)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    args = parser.parse_args(argv)
+    group = parser.add_argument_group("table4.2 (further options are handed to train.py, say --channels 32)")
+    group.add_argument("--data", default="cifar10", type=train.data_name, help="pictures (cifar10)")
+    group.add_argument("--budget", type=run.number(float, 0.01), default=60, help="minutes of training, all runs together (60)")
+    group.add_argument("--data-dir", default="data", help="where the named sets are, or are downloaded to (data)")
+    group.add_argument("--inception-weights", metavar="PATH", help="local file of pytorch-fid's weights")
+    args, args.more = parser.parse_known_args(argv)
+    if args.more and args.name != "table4.2":
+        parser.error(f"unrecognized arguments: {' '.join(args.more)}")
     if args.quick:
         args.seeds, args.epochs, args.num_samples = 1, 20, 2500
-    full = (args.seeds, args.epochs, args.num_samples) == (3, 100, 10_000)
+    full = (args.seeds, args.epochs, args.num_samples, args.data, args.more) == (3, 100, 10_000, "cifar10", [])
     args.out = args.out or ("results" if full else f"{args.runs}/results")
-    for name in RESULTS if args.name == "all" else [args.name]:
+    for name in [name for name in RESULTS if name != "table4.2"] if args.name == "all" else [args.name]:
         make(name, args)
 
 

@@ -78,13 +78,18 @@ def build_model(states, device="cpu"):
     return model
 
 
+def smallest_t(config, t_min):
+    """The end of sampling: what was asked for, else that of training, but at least 0.001."""
+    return t_min or max(config["t_min"], 1e-3)
+
+
 def draw(states, steps, num_samples=10_000, seed=0, device="cpu", t_min=None):
     """Samples of runs that differ in data, target, loss and seed only, as one stack -> (M, num_samples, 2), on the CPU."""
     config = states[0]["config"]
     model = stack.in_chunks(build_model(states, device), len(states), 5000 if torch.device(device).type == "cpu" else 2**20)
     names = [state["config"]["target"] for state in states]
     samples = ddpm.ancestral_sample(model, (num_samples, 2), steps, target=names,
-                                    schedule=ddpm.SCHEDULES[config["schedule"]], t_min=t_min or max(config["t_min"], 1e-3),
+                                    schedule=ddpm.SCHEDULES[config["schedule"]], t_min=smallest_t(config, t_min),
                                     generator=run.generator(device, seed, "sample"), stabiliser=config["stabiliser"])
     return samples.unflatten(0, (len(states), -1)).cpu()
 
@@ -168,7 +173,7 @@ def draw_pictures(folder, state, n, args, device):
     """Write n pictures as folder/00000.png ... Each batch has its own noise, so that what is there need not be drawn again."""
     config = state["config"]
     settings = dict(run=train.name(config), step=state["step"], test_loss=state["history"][-1]["test_loss"] if state["history"]
-                    else None, steps=args.steps, t_min=args.t_min or max(config["t_min"], 1e-3), clip=args.clip,
+                    else None, steps=args.steps, t_min=smallest_t(config, args.t_min), clip=args.clip,
                     sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"])
     named, present = folder / "settings.json", sorted(folder.glob("*.png"))
     if present and (not named.exists() or json.loads(named.read_text()) != settings):
@@ -191,7 +196,7 @@ def draw_pictures(folder, state, n, args, device):
     start = time.perf_counter()
     for count, i in enumerate(missing, 1):
         generator = run.generator(device, args.seed, "sample", i)
-        x = train_images.draw(model, (size, *config["shape"]), args.steps, config, generator, args.t_min, args.clip).cpu()
+        x = train_images.draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip).cpu()
         for name, picture in zip(names[i:i + size], x):               # the last batch is drawn whole, too: one shape for all
             images.save_png(picture, folder / name)
         rate = count * size / (time.perf_counter() - start)

@@ -26,6 +26,7 @@ import unet
 
 JUDGED = 250          # test pictures at once
 GRID_STEPS = 100      # of the sampler that draws a grid during training
+SAVE_EVERY = 60       # seconds between two checkpoints, at least
 
 
 def build_model(config):
@@ -109,12 +110,12 @@ def evaluate(model, pictures, config, device):
     return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
 
 
-def draw(model, shape, steps, config, generator, t_min=None, clip=True):
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True):
     """Pictures (B, C, H, W), uint8, by ancestral sampling; clip keeps x_hat in [-1, 1] at every step."""
     objective = losses.objective(config)
     with autocast(config, generator.device):
         x = ddpm.ancestral_sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"],
-                                  t_min=t_min or max(config["t_min"], 1e-3), generator=generator,
+                                  t_min=t_min, generator=generator,
                                   stabiliser=objective["stabiliser"], clip=1.0 if clip else math.inf)
     return images.to_uint8(x)
 
@@ -160,7 +161,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
                                               optimizer=optimizer.state_dict(), history=history, seconds=seconds,
                                               recent=[column.cpu() for column in columns()]))
 
-    start, saved, saving = time.perf_counter() - seconds, time.perf_counter(), 0.0
+    start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = step >= steps or seconds >= 60 * minutes
     while not over:
         x, t, eps = batch(pictures, step, config)
@@ -186,7 +187,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             over = bool(flag)
         if rank == 0:
             on_step(step, loss.detach(), seconds)
-        due = time.perf_counter() - saved >= max(60, 20 * saving)
+        due = time.perf_counter() - saved >= SAVE_EVERY
         if step % test_every == 0 or over:
             check()
             loss, norm, errors, t = columns()
@@ -200,11 +201,9 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             history.append(entry | dict(seconds=round(seconds, 3)))
             recent, due = [], True
         if due:
-            before = time.perf_counter()
             check()
             save()
             saved = time.perf_counter()
-            saving = saved - before
         if rank == 0 and (step % grid_every == 0 or over):
             samples = draw(ema, (64, *pictures.shape[1:]), GRID_STEPS, config, run.generator(device, config["seed"], "grid"))
             images.save_png(images.grid(samples.cpu(), 8), folder / f"samples-{step}.png")

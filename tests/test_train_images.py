@@ -1,0 +1,382 @@
+"""Training on pictures: the loop typed a second time, resume, processes, tests of a run, mistakes."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import ddpm
+import images
+import losses
+import metrics
+import reproduce
+import run
+import sample
+import train
+import train_images
+import unet
+
+SMALL = ["--channels", "8", "--channel-mult", "1", "2", "--layers", "1", "--attention", "4", "--batch-size", "8", "--lr", "0.01",
+         "--warmup", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """44 colour pictures of 8 x 8, in two classes: 40 to train on after the tenth for the test."""
+    root, g = tmp_path_factory.mktemp("data") / "squares", np.random.default_rng(0)
+    for i in range(44):
+        path = root / f"class{i // 22}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = np.full((8, 8, 3), 40 * (i // 22), np.uint8)
+        picture[2:6, :4] = g.integers(100, 255, 3)
+        Image.fromarray(picture).save(path)
+    return root
+
+
+def command(folder, out, *more):
+    return ["--data", str(folder), "--target", "v", "--out", str(out), *SMALL, *more]
+
+
+def only(out):
+    return next(Path(out).glob("*/ckpt.pt")).parent
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run of 10 steps, tested at every second."""
+    out = tmp_path_factory.mktemp("runs")
+    train.main(command(folder, out, "--epochs", "2", "--test-every", "2", "--grid-every", "5"))
+    return only(out)
+
+
+def history(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loop_is_the_loop_typed_again(trained, folder):
+    """AdamW with a linear warm-up, clipped gradients, EMA with a warm-up, on batches that are a function of the step."""
+    state = run.load(trained)
+    config = state["config"]
+    torch.manual_seed(0)
+    model = unet.UNet(3, 8, channels=8, channel_mult=[1, 2], layers=1, attention=[4])
+    optimizer, pictures = torch.optim.AdamW(model.parameters()), images.load(str(folder), "train")
+    average, train_losses = [p.detach().clone() for p in model.parameters()], []
+    for step in range(10):
+        x, t, eps = train_images.batch(pictures, step, config)
+        alpha, sigma = torch.cos(torch.pi / 2 * t)[:, None, None, None], torch.sin(torch.pi / 2 * t)[:, None, None, None]
+        loss = ((model(alpha * x + sigma * eps, t) - (alpha * eps - sigma * x))**2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1, 1 / (norm + 1e-6))
+        optimizer.param_groups[0]["lr"] = 0.01 * min(1, (step + 1) / 4)
+        optimizer.step()
+        decay = min(0.9999, (2 + step) / (11 + step))
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, model.parameters())]
+        train_losses.append((loss.item(), norm.item()))
+    close = dict(rtol=1e-3, atol=1e-5)
+    assert_close(list(state["model"].values()), [p.detach() for p in model.parameters()], **close)
+    assert_close(list(state["ema"].values()), average, **close)
+    entries = history(trained)
+    assert [entry["step"] for entry in entries] == [2, 4, 6, 8, 10] and state["step"] == 10
+    assert entries[-1]["epoch"] == 10 * 8 / 40 and entries == state["history"]
+    means = torch.tensor(train_losses).unflatten(0, (5, 2)).mean(1)
+    assert_close(torch.tensor([[entry["train_loss"], entry["gradient_norm"]] for entry in entries]), means, **close)
+    assert {path.name for path in trained.iterdir()} == {"ckpt.pt", "config.json", "metrics.jsonl", "samples-5.png",
+                                                         "samples-10.png"}
+    assert Image.open(trained / "samples-10.png").size == (82, 82)
+
+
+def test_ema_decay_at_both_ends():
+    assert train_images.ema_decay(0.9999, 0) == 0.1 and train_images.ema_decay(0.9999, 90) == 0.91
+    assert train_images.ema_decay(0.9999, 10**7) == 0.9999 and train_images.ema_decay(0.0, 5) == 0.0
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    pictures = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(20, 3, 4, 4).contiguous()
+    pictures[:, :, :, 0] = 255
+    config = dict(batch_size=6, seed=3, flip=True, t_min=0.05)
+    batches = [train_images.batch(pictures, step, config) for step in range(6)]
+    again = train_images.batch(pictures, 4, config)
+    assert all(torch.equal(a, b) for a, b in zip(batches[4], again))
+    assert not torch.equal(train_images.batch(pictures, 4, config | dict(seed=4))[2], again[2])
+    for epoch in 0, 1:                                     # three batches of 6 out of 20, each picture at most once
+        numbers = torch.cat([images.to_uint8(batches[3 * epoch + i][0])[:, 0, 0, 1:3].amin(1) for i in range(3)])
+        assert len(set(numbers.tolist())) == 18
+    x = torch.cat([x for x, _, _ in batches])
+    mirrored = (x[:, 0, 0, 3] == 1).float().mean()
+    assert 0.2 < mirrored < 0.8 and ((x[:, 0, 0, 0] == 1) | (x[:, 0, 0, 3] == 1)).all()
+    straight = train_images.batch(pictures, 0, config | dict(flip=False))[0]
+    assert (straight[:, :, :, 0] == 1).all() and (straight[:, :, :, 3] < 1).all()
+    t, eps = torch.cat([t for _, t, _ in batches]), torch.cat([eps for _, _, eps in batches])
+    assert t.min() >= 0.05 and t.max() <= 0.95 and eps.shape == x.shape and abs(eps.std() - 1) < 0.1
+    assert not torch.equal(batches[0][2], batches[1][2])
+
+
+def test_no_flips_of_grey_pictures(tmp_path):
+    for i in range(20):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"{i}.png")
+    train.main(command(tmp_path, tmp_path / "runs", "--epochs", "1", "--batch-size", "4"))
+    config = run.load(only(tmp_path / "runs"))["config"]
+    assert config["shape"] == [1, 8, 8] and config["flip"] is False
+
+
+@pytest.mark.parametrize("target, loss", [("v", "mse"), ("x", "nelbo"), ("u", "rescaled")])
+def test_evaluation_is_the_sum_typed_again(target, loss):
+    torch.manual_seed(1)
+    config = dict(data="cifar10", target=target, loss=loss, seed=0, schedule="cosine", t_min=1e-3, stabiliser=0.0)
+    pictures = torch.randint(0, 256, (600, 3, 4, 4), dtype=torch.uint8)
+    seen = []
+
+    def model(z, t):
+        seen.append((z, t))
+        return 0.5 * z + t[:, None, None, None]
+    result = train_images.evaluate(model, pictures, config, torch.device("cpu"))
+    z, t = (torch.cat(column) for column in zip(*seen))
+    assert [len(c) for c, _ in seen] == [250, 250, 100] and 0.001 <= t.min() < 0.003 and 0.997 < t.max() <= 0.999
+    g = run.generator("cpu", "test noise")
+    order, u = torch.randperm(600, generator=g), torch.rand(1, generator=g)
+    x = pictures[order].float() / 127.5 - 1
+    assert_close(t, 0.001 + 0.998 * ((u + torch.arange(600) / 600) % 1))
+    alpha, sigma = torch.cos(torch.pi / 2 * t)[:, None, None, None], torch.sin(torch.pi / 2 * t)[:, None, None, None]
+    eps = (z - alpha * x) / sigma
+    well = sigma.flatten() > 0.2                           # where the division is accurate
+    assert abs(eps[well].std() - 1) < 0.02
+    y = {"x": x, "v": alpha * eps - sigma * x, "u": eps - x}[target]
+    errors = ((0.5 * z + t[:, None, None, None] - y)**2).mean((1, 2, 3))
+    names = ["mse", "rescaled", "nelbo", "nelbo_stable"][:3 if target == "u" else 4]
+    assert list(result) == ["test_loss", *(f"test_{name}" for name in names)]
+    for name in names:
+        weights = losses.weight(name, target, t, ddpm.SCHEDULES["cosine"])
+        assert abs(result[f"test_{name}"] / (weights * errors).mean() - 1) < 1e-3
+    assert result["test_loss"] == pytest.approx(result[f"test_{loss}"])
+
+
+def killed(monkeypatch, argv, step):
+    """Run train.main and kill it after a step."""
+    def progress(*args):
+        def on_step(done, *facts):
+            if done == step:
+                raise KeyboardInterrupt
+        return on_step
+    monkeypatch.setattr(train, "progress", progress)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(argv)
+    monkeypatch.undo()
+
+
+def test_a_killed_run_goes_on_exactly(trained, folder, tmp_path, monkeypatch):
+    """Killed between two tests, saved at every step: the same weights, averages and history as in one go."""
+    argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "2", "--grid-every", "5")
+    monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
+    killed(monkeypatch, argv, 6)
+    state = run.load(only(tmp_path))
+    assert state["step"] == 5 and len(state["history"]) == 2 and len(state["recent"][0]) == 1
+    train.main([*argv, "--resume"])
+    whole, resumed = run.load(trained), run.load(only(tmp_path))
+    assert all(torch.equal(whole[part][key], resumed[part][key]) for part in ("model", "ema") for key in whole[part])
+    drop = lambda entries: [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+    assert drop(whole["history"]) == drop(resumed["history"]) and resumed["seconds"] > 0
+
+
+def test_more_epochs_go_on_from_a_finished_run(trained, folder, tmp_path):
+    argv = command(folder, tmp_path, "--test-every", "2")
+    train.main([*argv, "--epochs", "1"])
+    train.main([*argv, "--epochs", "2", "--resume"])
+    whole, extended = run.load(trained), run.load(only(tmp_path))
+    assert all(torch.equal(whole["ema"][key], extended["ema"][key]) for key in whole["ema"]) and extended["step"] == 10
+
+
+def test_limited_minutes_stop_the_first_run_and_the_others_do_as_many_steps(folder, tmp_path, capsys):
+    argv = ["--data", str(folder), "--target", "eps", "x", "--out", str(tmp_path), *SMALL, "--minutes", "0.01"]
+    train.main(argv)
+    first, second = (run.load(tmp_path / f"squares-{target}-mse-s0") for target in ("eps", "x"))
+    assert 0 < first["step"] == second["step"] < 2500 and first["seconds"] >= 0.6
+    train.main([*argv, "--resume"])                        # finished already
+    assert run.load(tmp_path / "squares-x-mse-s0")["step"] == second["step"]
+    assert "test losses of the averaged weights: loss" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
+    argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "3")
+    original = train_images.batch
+    nan = lambda pictures, step, config: [c * float("nan") if step == 4 else c for c in original(pictures, step, config)]
+    monkeypatch.setattr(train_images, "batch", nan)
+    with pytest.raises(SystemExit, match="not finite at step 4 "):
+        train.main(argv)
+    assert run.load(only(tmp_path))["step"] == 3
+
+
+def test_two_processes_have_the_loss_curve_of_one(trained, folder, tmp_path):
+    """torchrun with gloo: the batch is divided, gradients and losses are those of the whole."""
+    argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "2", "--grid-every", "5")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv],
+                   check=True, cwd=Path(train.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    for one, two in zip(history(trained), history(only(tmp_path)), strict=True):
+        for key in "train_loss", "test_loss", "test_nelbo", "gradient_norm":
+            assert two[key] == pytest.approx(one[key], rel=1e-3), key
+    whole, divided = run.load(trained), run.load(only(tmp_path))
+    assert_close(divided["ema"], whole["ema"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("argv, message, code", [
+    (["--data", "nothing"], "unknown data 'nothing': choose from clusters", 2),
+    (["--data", "FOLDER", "rings"], "points and pictures cannot be trained in one call", 2),
+    (["--data", "FOLDER", "--preset", "big"], "invalid choice", 2),
+    (["--data", "FOLDER", "--channels", "0"], "must be at least 4", 2),
+    (["--data", "rings", "--batch-size", "60000"], "must be in [1, 50000]", 2),
+    (["--data", "FOLDER", "--batch-size", "41"], "less than a batch", 1),
+])
+def test_mistakes_are_one_sentence(folder, tmp_path, capsys, argv, message, code):
+    with pytest.raises(SystemExit) as error:
+        train.main([arg.replace("FOLDER", str(folder)) for arg in argv] + ["--out", str(tmp_path)])
+    assert message in (capsys.readouterr().err if code == 2 else str(error.value))
+    assert (error.value.code == 2) == (code == 2) and not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(trained, folder):
+    argv = command(folder, trained.parent, "--epochs", "2")
+    with pytest.raises(SystemExit, match="holds this run already"):
+        train.main(argv)
+    with pytest.raises(SystemExit, match=r"other settings \(--channels 8\)"):
+        train.main([*argv, "--channels", "16", "--resume"])
+
+
+class Features(torch.nn.Module):
+    """In place of Inception: the mean colour."""
+    dims = 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return [self.scale * 10 * x.mean((2, 3), keepdim=True)]
+
+
+@pytest.fixture
+def drawn(trained, tmp_path):
+    argv = ["--ckpt", str(trained), "--steps", "3", "--num-samples", "10", "--batch-size", "4", "--device", "cpu",
+            "--out", str(tmp_path)]
+    sample.main(argv)
+    return argv, tmp_path
+
+
+def test_samples_are_those_of_the_averaged_weights(trained, drawn):
+    """The sampler typed again: x_hat from v, kept in [-1, 1], and the posterior of Eq. (3.9)."""
+    argv, out = drawn
+    state = run.load(trained)
+    model = train_images.build_model(state["config"])
+    model.load_state_dict(state["ema"])
+    g = run.generator("cpu", 0, "sample", 4)               # the second batch: pictures 4 to 7
+    z = torch.randn(4, 3, 8, 8, generator=g)
+    times = torch.tensor([0.001 + 0.998 * i / 3 for i in range(4)])
+    for i in 3, 2, 1:
+        s, t = times[i - 1], times[i]
+        (a_s, a_t), (s_s, s_t) = torch.cos(torch.pi / 2 * times[[i - 1, i]]), torch.sin(torch.pi / 2 * times[[i - 1, i]])
+        with torch.no_grad():
+            x_hat = (a_t * z - s_t * model(z, t.expand(4))).clamp(-1, 1)
+        var_ts = s_t**2 - (a_t / a_s)**2 * s_s**2
+        mean = (a_t / a_s) * s_s**2 / s_t**2 * z + a_s * var_ts / s_t**2 * x_hat
+        if i > 1:
+            z = mean + (var_ts * s_s**2 / s_t**2).sqrt() * torch.randn(4, 3, 8, 8, generator=g)
+    expected = ((x_hat + 1) * 127.5).round().permute(0, 2, 3, 1)
+    got = torch.stack([torch.tensor(np.array(Image.open(out / f"samples/{i:05d}.png"))) for i in range(4, 8)])
+    assert (got.float() - expected).abs().max() <= 1       # a level may round either way
+    assert sorted(path.name for path in out.glob("samples/*.png")) == [f"{i:05d}.png" for i in range(10)]
+    result = json.loads((out / "metrics.json").read_text())
+    assert (result["weights"], result["sampler"], result["steps"], result["num_samples"], result["clip"]) == \
+        ("EMA", "ancestral", 3, 10, True)
+    grid = np.array(Image.open(out / "samples.png"))
+    assert grid.shape == (22, 82, 3) and (grid[2:10, 12:20] == np.array(Image.open(out / "samples/00001.png"))).all()
+
+
+def test_sampling_goes_on_with_what_is_missing(drawn, monkeypatch):
+    argv, out = drawn
+    before = {path.name: path.read_bytes() for path in out.glob("samples/*.png")}
+    (out / "samples/00005.png").unlink()
+    batches, original = [], train_images.draw
+    monkeypatch.setattr(train_images, "draw", lambda *args: batches.append(args) or original(*args))
+    sample.main(argv)
+    assert len(batches) == 1 and {path.name: path.read_bytes() for path in out.glob("samples/*.png")} == before
+    sample.main([*argv, "--num-samples", "13"])            # one more: the picture 8 ... 11 and 12 ... 15
+    assert len(batches) == 3 and len(list(out.glob("samples/*.png"))) == 13
+    sample.main([*argv, "--num-samples", "5"])             # fewer: the rest would count in a FID
+    assert len(batches) == 3 and len(list(out.glob("samples/*.png"))) == 5
+
+
+def test_pictures_of_other_settings_are_kept(drawn):
+    argv, out = drawn
+    before = (out / "samples/00000.png").read_bytes()
+    with pytest.raises(SystemExit, match="10 pictures of other settings"):
+        sample.main([*argv, "--steps", "2"])
+    assert (out / "samples/00000.png").read_bytes() == before
+    sample.main([*argv, "--steps", "2", "--overwrite", "--num-samples", "2", "--no-clip"])
+    assert (out / "samples/00000.png").read_bytes() != before and len(list(out.glob("samples/*.png"))) == 2
+    assert json.loads((out / "samples/settings.json").read_text())["clip"] is False
+
+
+def test_fid_of_a_run(trained, folder, drawn, monkeypatch, capsys):
+    """--fid compares the pictures that were written with the data of the run, and keeps the data's statistics."""
+    argv, out = drawn
+    monkeypatch.setattr(metrics, "enough_pictures", lambda *args: None)
+    monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
+    sample.main([*argv, "--fid", "--data-dir", str(out / "cache")])
+    of = lambda x: metrics.moments(10 * (x.float() / 255).mean((2, 3)))
+    expected = metrics.frechet_distance(*of(images.read_folder(out / "samples")), *of(images.load(str(folder), "train"))).item()
+    result = json.loads((out / "metrics.json").read_text())
+    assert result["fid"] == pytest.approx(expected, rel=1e-6) and result["fid_reference"] == 40
+    assert "10 samples (EMA, ancestral, 3 steps, clipped) against 40 pictures of" in capsys.readouterr().out
+    cached, = (out / "cache").glob("*.npz")
+    assert "train" in cached.name and "3x8x8" in cached.name
+
+
+def test_mistakes_in_sampling_are_one_sentence(trained, tmp_path):
+    with pytest.raises(SystemExit, match="2,000 are too few"):
+        sample.main(["--ckpt", str(trained), "--fid", "--num-samples", "2000", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="cannot be drawn in one call"):
+        points = tmp_path / "rings-eps-mse-s0"
+        train.main(["--epochs", "1", "--batch-size", "25000", "--out", str(tmp_path), "--device", "cpu"])
+        sample.main(["--ckpt", str(trained), str(points)])
+    with pytest.raises(SystemExit, match="FID is for pictures"):
+        sample.main(["--ckpt", str(points), "--fid"])
+
+
+@pytest.mark.parametrize("at_hand", [False, True])
+def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
+    """Six runs of equally many steps; what the table says is what the runs say."""
+    monkeypatch.setattr(reproduce, "PICTURE_STEPS", 2)
+    monkeypatch.setattr(metrics, "downloaded_weights", lambda: folder if at_hand else folder / "missing")
+    monkeypatch.setattr(metrics, "enough_pictures", lambda *args: None)
+    monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
+    reproduce.main(["table4.2", "--data", str(folder), "--budget", "0.03", "--runs", str(tmp_path), "--num-samples", "2000",
+                    "--data-dir", str(tmp_path / "data"), "--device", "cpu", *SMALL[:-2]])
+    text = (tmp_path / "results/table4.2.md").read_text()
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines()
+             if row.startswith("|")}
+    root, steps = tmp_path / "table4.2-squares-0.03-minutes", set()
+    for target, thesis in {"x": ("0.05", "0.09", "16.96", "13.54"), "eps": ("0.06", "0.84", "13.75", "24.26"),
+                           "v": ("0.12", "0.86", "18.24", "18.18")}.items():
+        mse, nelbo = (root / f"squares-{target}-{loss}-s0" for loss in ("mse", "nelbo"))
+        last, also = history(mse)[-1], history(nelbo)[-1]
+        steps |= {last["step"], also["step"]}
+        numbers = [last["test_mse"], also["test_nelbo_stable"], last["test_nelbo"], also["test_nelbo"]]
+        fids = [f"{json.loads((path / 'metrics.json').read_text())['fid']:.2f}" if at_hand else "-" for path in (mse, nelbo)]
+        mse, stable, exact, exact_too = (f"{number:.4f}" for number in numbers)
+        assert cells[target] == [thesis[0], mse, thesis[1], stable, exact, exact_too, thesis[2], fids[0], thesis[3], fids[1]]
+    assert len(steps) == 1 and f"{steps.pop():,} steps of 8 pictures" in text
+    assert ("No FID" in text) == (not at_hand) and "`python reproduce.py table4.2 --data" in text and "--channels 8" in text
+
+
+def test_only_table4_2_takes_further_options(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["fig3.2", "--channels", "8"])
+    assert "unrecognized arguments: --channels 8" in capsys.readouterr().err
