@@ -195,8 +195,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
                 distributed.all_reduce(loss)
             entry = dict(step=step, epoch=step * config["batch_size"] / len(pictures), train_loss=loss.mean().item() / world,
                          gradient_norm=norm.mean().item(), **evaluate(ema, test, config, device))
-            entry["train_loss_over_t"] = [float(f"{value:.5g}") for value in
-                                          losses.over_t(errors.flatten(), t.flatten(), config["t_min"]).tolist()]
+            over_t = losses.over_t(errors.flatten(), t.flatten(), config["t_min"]).tolist()     # nan where no t fell
+            entry["train_loss_over_t"] = [float(f"{value:.5g}") if value == value else None for value in over_t]
             seconds = time.perf_counter() - start
             history.append(entry | dict(seconds=round(seconds, 3)))
             recent, due = [], True

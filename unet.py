@@ -30,7 +30,9 @@ def conv(n_in, n_out, size=3, stride=1):
 
 
 def norm(n):
-    return nn.GroupNorm(math.gcd(32, n), n, eps=1e-6)
+    """GroupNorm with 32 groups, fewer where those had less than 4 channels: with one it would undo what time adds to it."""
+    groups = max(g for g in range(1, 33) if n % g == 0 and (g == 1 or n >= 4 * g))
+    return nn.GroupNorm(groups, n, eps=1e-6)
 
 
 def zero(layer):
@@ -49,7 +51,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * self.half, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
 
     def forward(self, t):
-        frequencies = torch.exp(-math.log(10_000) / (self.half - 1) * torch.arange(self.half, device=t.device))
+        frequencies = torch.exp(-math.log(10_000) / (self.half - 1) * torch.arange(self.half).to(t))
         angles = 1000 * t[:, None] * frequencies                                            # from 1000 t down to t / 10
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 

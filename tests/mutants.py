@@ -258,7 +258,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("unet.py", "return h + residual.mT.unflatten", "return residual.mT.unflatten"),
     ("unet.py", "pixels = self.norm(h)", "pixels = h"),
     ("unet.py", "eps=1e-6", "eps=1e-2"),
-    ("unet.py", "math.gcd(32, n)", "math.gcd(16, n)"),
+    ("unet.py", "n >= 4 * g)", "n >= g)"),
     ("unet.py", "if self.every or layer is self.layers[-1]:", "if self.every or layer is self.layers[0]:"),
     ("unet.py", "        if self.every:\n            skips.append(h)\n        return h\n", "        return h\n"),
     ("unet.py", "return self.second(self.first(h, embedding), embedding)", "return self.first(h, embedding)"),

@@ -43,17 +43,17 @@ def embed(block, t, channels):
     return silu(h @ block.mlp[0].weight.T + block.mlp[0].bias) @ block.mlp[2].weight.T + block.mlp[2].bias
 
 
-def resnet(block, h, embedding, groups=8):
-    residual = conv(block.conv1, silu(norm(block.norm1, h, math.gcd(32, h.shape[1]))))
+def resnet(block, h, embedding):
+    residual = conv(block.conv1, silu(norm(block.norm1, h, h.shape[1] // 4)))
     residual = residual + (silu(embedding) @ block.project.weight.T + block.project.bias)[:, :, None, None]
-    residual = conv(block.conv2, silu(norm(block.norm2, residual, math.gcd(32, residual.shape[1]))))
+    residual = conv(block.conv2, silu(norm(block.norm2, residual, residual.shape[1] // 4)))
     return residual + (h if residual.shape[1] == h.shape[1] else conv(block.shortcut, h))
 
 
 def attention(block, h):
     """Self-attention of the pixels, typed again with an explicit softmax."""
     B, C, H, W = h.shape
-    pixels = norm(block.norm, h, math.gcd(32, C)).reshape(B, C, H * W).transpose(1, 2)
+    pixels = norm(block.norm, h, C // 4).reshape(B, C, H * W).transpose(1, 2)
     q, k, v = (pixels @ w.T + b for w, b in zip(block.qkv.weight.chunk(3), block.qkv.bias.chunk(3)))
     weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(C), -1)
     return h + ((weights @ v) @ block.out.weight.T + block.out.bias).transpose(1, 2).reshape(B, C, H, W)
@@ -93,7 +93,7 @@ def ddpm_network(model, z, t, attends):
     h = double(model.up[1], h, h2.shape[2:])
     for i, skip in enumerate([h2, h1, h0]):
         h = layer(model.up[1].layers[i], torch.cat([h, skip], 1), embedding, attends[0])
-    return conv(model.output[2], silu(norm(model.output[0], h, 8)))
+    return conv(model.output[2], silu(norm(model.output[0], h, 2)))
 
 
 def thesis_network(model, z, t):
@@ -111,7 +111,7 @@ def thesis_network(model, z, t):
         h = torch.cat([double(block, h, skip.shape[2:]), skip], 1)
         for i in range(2):
             h = layer(block.layers[i], h, embedding, True)
-    return conv(model.output[2], silu(norm(model.output[0], h, 8)))
+    return conv(model.output[2], silu(norm(model.output[0], h, 2)))
 
 
 @pytest.mark.parametrize("size, channels", [(8, 3), (7, 1)])
@@ -141,6 +141,11 @@ def test_presets_have_the_size_that_is_stated():
     assert all(isinstance(layer.attention, unet.Attention) for block in blocks for layer in block.layers)
 
 
+@pytest.mark.parametrize("n, groups", [(128, 32), (384, 32), (64, 16), (32, 8), (8, 2), (6, 1), (11, 1), (36, 9)])
+def test_groups_of_the_norm(n, groups):
+    assert unet.norm(n).num_groups == groups
+
+
 def test_flop_of_a_convolution():
     class Conv(torch.nn.Conv2d):
         def forward(self, z, t):
@@ -151,9 +156,9 @@ def test_flop_of_a_convolution():
 def test_ddpm_is_the_network_of_diffusers():
     """The same numbers from the same weights. Runs where diffusers is installed."""
     diffusers = pytest.importorskip("diffusers")
-    ours = randomised(unet.UNet(**unet.PRESETS["ddpm"] | dict(channels=32)))
+    ours = randomised(unet.UNet(**unet.PRESETS["ddpm"]))
     theirs = diffusers.UNet2DModel(
-        sample_size=32, block_out_channels=(32, 64, 64, 64), layers_per_block=2, attention_head_dim=None, norm_eps=1e-6,
+        sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2, attention_head_dim=None, norm_eps=1e-6,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"), flip_sin_to_cos=False, freq_shift=1,
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), downsample_padding=1).double()
     pairs = [(ours.input, theirs.conv_in), (ours.time.mlp[0], theirs.time_embedding.linear_1),
@@ -210,7 +215,7 @@ def test_it_starts_at_zero_and_its_blocks_as_the_identity():
 
 @pytest.mark.parametrize("size, attention, levels", [
     (32, [16], [False, True, False, False]), (28, [16], [False, True, False, False]), (32, [0], 4 * [False]),
-    (28, [4, 28], [True, False, False, True]), (32, [32, 8], [True, False, True, False]), (16, [15], 4 * [False])])
+    (28, [4, 28], [True, False, False, True]), (32, [32, 8], [True, False, True, False]), (16, [15], [False, True, False, False])])
 def test_where_it_attends(size, attention, levels):
     model = unet.UNet(1, size, channels=8, attention=attention)
     attends = lambda block: {isinstance(layer.attention, unet.Attention) for layer in block.layers}
