@@ -187,7 +187,8 @@ def pictures(args, device):
     contenders = {}
     for name, network in networks.items():
         flop, network = unet.flop(network, (3, 32, 32)), network.to(device)
-        print(f"size        {name:27s} {sum(p.numel() for p in network.parameters()):12,} parameters {flop / 1e9:7.2f} GFLOP forward")
+        parameters = sum(p.numel() for p in network.parameters())
+        print(f"size        {name:27s} {parameters:12,} parameters {flop / 1e9:7.2f} GFLOP forward")
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
         for precision in "bf16", "fp32":
             ours = name == "unet.py" and device.type == "cuda"         # as train.py has it there
@@ -203,8 +204,9 @@ def pictures(args, device):
         speed = {key: passes * contenders[key][3] / value for key, value in times.items()}  # FLOP/s
         best = max((value for (name, _), value in speed.items() if name != "unet.py"), default=None)
         for (name, precision), value in speed.items():
+            ratio = f"   this / best of the others {value / best:.2f}" if best else ""
             print(f"{title:11s} {name:27s} {precision} {batch / times[name, precision]:9.1f} images/s {value / 1e12:8.3f} TFLOP/s "
-                  f"{100 * value / top:5.1f} % of the ceiling" + (f"   this / best of the others {value / best:.2f}" if best else ""))
+                  f"{100 * value / top:5.1f} % of the ceiling{ratio}")
     print_memory(device)
 
 

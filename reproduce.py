@@ -226,14 +226,15 @@ def table4_2(args):
                       f"{thesis[3]:.2f}", fids[0], f"{thesis[1]:.2f}", fids[1]])
     state = run.load(folders[0])
     config, parameters = state["config"], sum(value.numel() for value in state["ema"].values())
-    return [*rows(["target", "weighted loss: thesis", "ours", "NELBO, thesis's units: thesis", "ours", "exact NELBO, trained with `mse`",
-                   "with `nelbo`", "FID, weighted: thesis", "ours", "FID, NELBO: thesis", "ours"], lines),
-            f"{args.data}, {'x'.join(map(str, config['shape']))}, test split, averaged weights, one seed. {parameters:,} parameters, "
-            f"{state['step']:,} steps of {config['batch_size']} pictures in {config['precision']} for each of six runs, "
-            f"{state['seconds'] / 60:.1f} minutes for the first. Exact NELBO in nats per dimension, t in [0.001, 0.999]; in the thesis's units "
-            "it is `nelbo_stable` (ERRATA.md, entry 8), of networks trained on the exact one. "
-            + (f"FID of {n:,} pictures, {PICTURE_STEPS} ancestral steps, clipped, against the train split." if at_hand else
-               "No FID: Inception's weights are not at hand, see python sample.py --help.")]
+    header = ["target", "weighted loss: thesis", "ours", "NELBO, thesis's units: thesis", "ours",
+              "exact NELBO, trained with `mse`", "with `nelbo`", "FID, weighted: thesis", "ours", "FID, NELBO: thesis", "ours"]
+    note = (f"{args.data}, {'x'.join(map(str, config['shape']))}, test split, averaged weights, one seed. {parameters:,} "
+            f"parameters, {state['step']:,} steps of {config['batch_size']} pictures in {config['precision']} for each of six runs, "
+            f"{state['seconds'] / 60:.1f} minutes for the first. Exact NELBO in nats per dimension, t in [0.001, 0.999]; in the "
+            "thesis's units it is `nelbo_stable` (ERRATA.md, entry 8), of networks trained on the exact one. ")
+    note += (f"FID of {n:,} pictures, {PICTURE_STEPS} ancestral steps, clipped, against the train split." if at_hand else
+             "No FID: Inception's weights are not at hand, see python sample.py --help.")
+    return rows(header, lines) + [note]
 
 
 def steps(args):

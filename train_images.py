@@ -6,6 +6,7 @@ and N processes, each with its part of the batch, do what one does with all of i
 
 Not here: sampling and FID (`sample.py`, `metrics.py`).
 """
+import contextlib
 import copy
 import functools
 import json
@@ -31,8 +32,8 @@ SAVE_EVERY = 60       # seconds between two checkpoints, at least
 
 def build_model(config):
     """The network of a run's config, with fresh weights from torch's global generator."""
-    channels, *size = config["shape"]
-    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], **{key: config[key] for key in unet.PRESETS["ddpm"]})
+    (channels, *size), network = config["shape"], {key: config[key] for key in unet.PRESETS["ddpm"]}
+    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], **network)
 
 
 def processes():
@@ -78,17 +79,17 @@ def batch(pictures, step, config):
 
 def judges(config):
     """Names of the losses that every run is tested with, whatever it trains on: all that have a weight for its target."""
-    def has_weight(name):
-        try:
-            return losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.SCHEDULES[config["schedule"]]) is not None
-        except ValueError:
-            return False
-    return [name for name in losses.LOSSES if has_weight(name)]
+    names = []
+    for name in losses.LOSSES:
+        with contextlib.suppress(ValueError):
+            losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.SCHEDULES[config["schedule"]])
+            names.append(name)
+    return names
 
 
 @torch.no_grad()
 def evaluate(model, pictures, config, device):
-    """Test losses of a network in float32: {"test_loss": ..., "test_mse": ..., ...}, means over the pictures.
+    """Test losses of a network, without autocast: {"test_loss": ..., "test_mse": ..., ...}, means over the pictures.
 
     pictures: uint8, on the CPU. Their t and noise are the same in every run. Each process does its share.
     """
@@ -115,8 +116,8 @@ def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True):
     objective = losses.objective(config)
     with autocast(config, generator.device):
         x = ddpm.ancestral_sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"],
-                                  t_min=t_min, generator=generator,
-                                  stabiliser=objective["stabiliser"], clip=1.0 if clip else math.inf)
+                                  t_min=t_min, generator=generator, stabiliser=objective["stabiliser"],
+                                  clip=1.0 if clip else math.inf)
     return images.to_uint8(x)
 
 
