@@ -175,7 +175,7 @@ def test_a_full_disk_keeps_the_old_samples(trained, tmp_path):
 
 def test_defaults_and_what_the_picture_shows(trained, tmp_path, monkeypatch):
     args = sample.parse([])
-    assert (args.ckpt, args.steps, args.num_samples, args.seed, args.out) == (None, 512, 10_000, 0, None)
+    assert (args.ckpt, args.steps, args.num_samples, args.seed, args.out) == (None, 512, None, 0, None)
     shown = {}
     monkeypatch.setattr(plots, "scatter", lambda panels, path: shown.update(panels))
     draw(trained, "--steps", "2", "--num-samples", "50", "--out", str(tmp_path))

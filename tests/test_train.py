@@ -17,6 +17,7 @@ import losses
 import run
 import train
 import train_points
+import unet
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from targets import TARGETS
@@ -176,9 +177,17 @@ def test_configs_are_all_combinations_each_once():
 
 def test_defaults_are_the_documented_ones():
     args = vars(train.parse([]))
-    assert args == dict(data=["rings"], target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, stabiliser=0.0, epochs=100,
+    pictures = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None, channel_mult=None, layers=None,
+                    mid_blocks=None, attention=None, precision="auto", ema=0.9999, warmup=1000, clip_norm=1.0, minutes=math.inf,
+                    test_every=2000, grid_every=10_000, compile=None)
+    assert args == dict(kind="points", **pictures, data=["rings"], target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, stabiliser=0.0, epochs=100,
                         batch_size=512, lr=1e-3, width=128, seed=0, seeds=1, device="auto", stack=None, out="runs",
                         resume=False, overwrite=False)
+    of_pictures = train.parse(["--data", "cifar10"])
+    assert (of_pictures.kind, of_pictures.epochs, of_pictures.batch_size, of_pictures.lr) == ("pictures", 500, 128, 2e-4)
+    assert train.configs(of_pictures)[0].items() >= unet.PRESETS["ddpm"].items()
+    changed, = train.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32", "--attention", "0"]))
+    assert changed.items() >= (unet.PRESETS["thesis"] | dict(channels=32, attention=[0])).items()
     config, = train.configs(train.parse([]))
     optimizer = train_points.build_optimizer(train_points.build_model(config), config)
     assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["betas"] == (0.9, 0.999)
@@ -211,7 +220,8 @@ def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     fit(tmp_path / "a", "--epochs", "2")
     folder = tmp_path / "a" / "clusters-eps-mse-s0"
     state = run.load(folder)
-    assert state["config"].keys() == vars(train.parse([])).keys() - {"seeds", "stack", "out", "device", "resume", "overwrite"}
+    assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "stabiliser", "epochs", "batch_size",
+                                      "lr", "width"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt
@@ -338,7 +348,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "moons"], "invalid choice"),
+    (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "moons"], "unknown data 'moons': choose from clusters"),
     (["--epochs", "0"], "must be at least 1"), (["--epochs", "two"], "'two' is not a whole number"),
     (["--batch-size", "60000"], r"must be in \[1, 50000\]"), (["--t-min", "0.7"], "must be in"),
     (["--lr", "nan"], "must be at least 0"), (["--lr", "inf"], "must be at least 0"), (["--seed", "-1"], "must be in"), (["--seed", "9" * 20], "must be in"),

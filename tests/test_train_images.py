@@ -217,8 +217,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
 def test_two_processes_have_the_loss_curve_of_one(trained, folder, tmp_path):
     """torchrun with gloo: the batch is divided, gradients and losses are those of the whole."""
     argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "2", "--grid-every", "5")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv],
-                   check=True, cwd=Path(train.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv],
+                            cwd=Path(train.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     for one, two in zip(history(trained), history(only(tmp_path)), strict=True):
         for key in "train_loss", "test_loss", "test_nelbo", "gradient_norm":
             assert two[key] == pytest.approx(one[key], rel=1e-3), key
