@@ -91,7 +91,12 @@ def test_the_loop_is_the_loop_typed_again(trained, folder):
     assert_close(torch.tensor([[entry["train_loss"], entry["gradient_norm"]] for entry in entries]), means, **close)
     assert {path.name for path in trained.iterdir()} == {"ckpt.pt", "config.json", "metrics.jsonl", "samples-5.png",
                                                          "samples-10.png"}
-    assert Image.open(trained / "samples-10.png").size == (82, 82)
+    averaged = train_images.build_model(config)            # what is tested and drawn are the averages
+    averaged.load_state_dict(state["ema"])
+    tests = train_images.evaluate(averaged, images.load(str(folder), "test"), config, torch.device("cpu"))
+    assert tests == pytest.approx({key: entries[-1][key] for key in tests}, rel=1e-5)
+    samples = train_images.draw(averaged, (64, 3, 8, 8), 100, config, run.generator("cpu", 0, "grid"))
+    assert (np.array(Image.open(trained / "samples-10.png")) == images.grid(samples, 8).permute(1, 2, 0).numpy()).all()
 
 
 def test_ema_decay_at_both_ends():
@@ -107,9 +112,11 @@ def test_batches_are_a_function_of_seed_and_step():
     again = train_images.batch(pictures, 4, config)
     assert all(torch.equal(a, b) for a, b in zip(batches[4], again))
     assert not torch.equal(train_images.batch(pictures, 4, config | dict(seed=4))[2], again[2])
+    orders = []
     for epoch in 0, 1:                                     # three batches of 6 out of 20, each picture at most once
-        numbers = torch.cat([images.to_uint8(batches[3 * epoch + i][0])[:, 0, 0, 1:3].amin(1) for i in range(3)])
-        assert len(set(numbers.tolist())) == 18
+        orders.append(torch.cat([images.to_uint8(batches[3 * epoch + i][0])[:, 0, 0, 1:3].amin(1) for i in range(3)]).tolist())
+        assert len(set(orders[-1])) == 18
+    assert orders[0] != orders[1]
     x = torch.cat([x for x, _, _ in batches])
     mirrored = (x[:, 0, 0, 3] == 1).float().mean()
     assert 0.2 < mirrored < 0.8 and ((x[:, 0, 0, 0] == 1) | (x[:, 0, 0, 3] == 1)).all()
@@ -325,6 +332,15 @@ def test_pictures_of_other_settings_are_kept(drawn):
     assert json.loads((out / "samples/settings.json").read_text())["clip"] is False
 
 
+def test_clipping_is_optional(trained, tmp_path, monkeypatch):
+    clips, original = [], ddpm.ancestral_sample
+    monkeypatch.setattr(ddpm, "ancestral_sample", lambda *args, **kw: clips.append(kw["clip"]) or original(*args, **kw))
+    for flag in "--clip", "--no-clip":
+        sample.main(["--ckpt", str(trained), "--steps", "1", "--num-samples", "2", "--device", "cpu", "--out", str(tmp_path / flag),
+                     flag])
+    assert clips == [1.0, float("inf")]
+
+
 def test_fid_of_a_run(trained, folder, drawn, monkeypatch, capsys):
     """--fid compares the pictures that were written with the data of the run, and keeps the data's statistics."""
     argv, out = drawn
@@ -359,6 +375,8 @@ def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
     monkeypatch.setattr(metrics, "downloaded_weights", lambda: folder if at_hand else folder / "missing")
     monkeypatch.setattr(metrics, "enough_pictures", lambda *args: None)
     monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
+    calls, original = [], train.main
+    monkeypatch.setattr(train, "main", lambda argv: calls.append(argv) or original(argv))
     reproduce.main(["table4.2", "--data", str(folder), "--budget", "0.03", "--runs", str(tmp_path), "--num-samples", "2000",
                     "--data-dir", str(tmp_path / "data"), "--device", "cpu", *SMALL[:-2]])
     text = (tmp_path / "results/table4.2.md").read_text()
@@ -374,6 +392,8 @@ def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
         fids = [f"{json.loads((path / 'metrics.json').read_text())['fid']:.2f}" if at_hand else "-" for path in (mse, nelbo)]
         mse, stable, exact, exact_too = (f"{number:.4f}" for number in numbers)
         assert cells[target] == [thesis[0], mse, thesis[1], stable, exact, exact_too, thesis[2], fids[0], thesis[3], fids[1]]
+    (argv,), minutes = calls, calls[0].index("--minutes") + 1
+    assert float(argv[minutes]) == pytest.approx(0.03 / 6)
     assert len(steps) == 1 and f"{steps.pop():,} steps of 8 pictures" in text
     assert ("No FID" in text) == (not at_hand) and "`python reproduce.py table4.2 --data" in text and "--channels 8" in text
 

@@ -215,7 +215,7 @@ def test_it_starts_at_zero_and_its_blocks_as_the_identity():
 
 @pytest.mark.parametrize("size, attention, levels", [
     (32, [16], [False, True, False, False]), (28, [16], [False, True, False, False]), (32, [0], 4 * [False]),
-    (28, [4, 28], [True, False, False, True]), (32, [32, 8], [True, False, True, False]), (16, [15], [False, True, False, False])])
+    (28, [4, 28], [True, False, False, True]), (32, [32, 8], [True, False, True, False]), (16, [15], [False, True, False, False]), (28, [3], 4 * [False])])
 def test_where_it_attends(size, attention, levels):
     model = unet.UNet(1, size, channels=8, attention=attention)
     attends = lambda block: {isinstance(layer.attention, unet.Attention) for layer in block.layers}
