@@ -297,7 +297,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("train_images.py", "clip=1.0 if clip else math.inf", "clip=1.0"),
     ("train_images.py", "step - len(recent) + bad[0].item()", "step - bad[0].item()"),
     ("train_images.py", "step * config[\"batch_size\"] / len(pictures)", "step / len(pictures)"),
-    ("train.py", 'steps=last["step"])', "steps=10**9)"),
+    ("train.py", 'steps=last["step"])', 'steps=last["step"] + 1)'),
     ("train.py", "flip=shape[0] == 3", "flip=True"),
     ("ddpm.py", ".clamp(-clip, clip)", ".clamp(-1, 1)"),
     ("sample.py", 'model.load_state_dict(state["ema"])', 'model.load_state_dict(state["model"])'),
