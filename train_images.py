@@ -163,7 +163,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
                                               recent=[column.cpu() for column in columns()]))
 
     start, saved = time.perf_counter() - seconds, time.perf_counter()
-    over = step >= steps or seconds >= 60 * minutes
+    over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
         x, t, eps = batch(pictures, step, config)
         z, y, w, t = (c[mine] for c in (*losses.regression(x, t, eps, **objective), t))

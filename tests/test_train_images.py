@@ -211,6 +211,11 @@ def test_limited_minutes_stop_the_first_run_and_the_others_do_as_many_steps(fold
     assert "test losses of the averaged weights: loss" in capsys.readouterr().out
 
 
+def test_no_minutes_are_one_step(folder, tmp_path):
+    train.main(command(folder, tmp_path, "--minutes", "0"))
+    assert run.load(only(tmp_path))["step"] == 1
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
     argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "3")
     original = train_images.batch
