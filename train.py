@@ -239,14 +239,14 @@ def main_pictures(args, device):
             if rank > 0:
                 folder = Path(args.out) / name(config)
                 state = run.load(folder) if args.resume and (folder / "ckpt.pt").exists() else None
-            torch.manual_seed(config["seed"])
-            model = train_images.build_model(config).to(device)
             steps = limit.get("steps", args.epochs * (len(sets[0]) // args.batch_size))
-            if rank == 0:
-                print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(sets[0]):,} pictures of "
-                      f"{'x'.join(map(str, shape))}, {steps:,} steps in {precision} on {run.device_name(device)}"
-                      + (f", after step {state['step']:,}" if state else ""), flush=True)
             with run.enough_memory("a smaller --batch-size, --channels or --image-size"):
+                torch.manual_seed(config["seed"])
+                model = train_images.build_model(config).to(device)
+                if rank == 0:
+                    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(sets[0]):,} pictures of "
+                          f"{'x'.join(map(str, shape))}, {steps:,} steps in {precision} on {run.device_name(device)}"
+                          + (f", after step {state['step']:,}" if state else ""), flush=True)
                 last = train_images.train_run(
                     folder, config, state, device, model, sets, steps, limit["minutes"], args.test_every, args.grid_every,
                     args.compile if args.compile is not None else device.type == "cuda",

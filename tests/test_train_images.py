@@ -255,6 +255,15 @@ def test_mistakes_are_one_sentence(folder, tmp_path, capsys, argv, message, code
     assert (error.value.code == 2) == (code == 2) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", ["build_model", "train_run"])
+def test_out_of_memory_is_one_sentence(folder, tmp_path, monkeypatch, part):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(train_images, part, full)
+    with pytest.raises(SystemExit, match="not enough memory - try a smaller --batch-size, --channels or --image-size"):
+        train.main(command(folder, tmp_path))
+
+
 def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(trained, folder):
     argv = command(folder, trained.parent, "--epochs", "2")
     with pytest.raises(SystemExit, match="holds this run already"):
