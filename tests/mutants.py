@@ -1,6 +1,6 @@
 """Does a test notice? Change one line of a formula at a time and run the tests: each of these mutants must die.
 
-    python tests/mutants.py                # all, about half an hour on 2 cores
+    python tests/mutants.py                # all, more than an hour on 2 cores
     python tests/mutants.py losses.py      # those of one file
 
 Works on a copy of the project. Prints the survivors and exits with 1 if there are any, or if a line is not found once.
