@@ -448,7 +448,7 @@ def main(argv=None):
     names = "\n".join(f"  {name:10s} {title}" for name, (_, title, _) in RESULTS.items())
     parser = argparse.ArgumentParser(description=f"{__doc__}\n{names}\n  all        all of these but table4.2",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python reproduce.py NAME [options], see --help")
+                                     usage="python reproduce.py NAME [options], see --help", allow_abbrev=False)
     parser.add_argument("name", choices=[*RESULTS, "all"], metavar="NAME", help="one of the above")
     parser.add_argument("--seeds", type=run.number(int, 1), default=3, help="runs with seeds 0, 1, ... (3)")
     parser.add_argument("--epochs", type=run.number(int, 1), default=100, help="of each run (100)")

@@ -11,6 +11,7 @@ call that was killed goes on with the first picture that is missing; a larger --
 """
 import argparse
 import functools
+import hashlib
 import io
 import json
 import time
@@ -212,7 +213,11 @@ def fid_statistics(config, args, device):
     network, data = metrics.inception(args.inception_weights, device), config["data"]
     weights = Path(args.inception_weights).stem if args.inception_weights else "pytorch-fid"
     size = "x".join(map(str, config["shape"]))
-    path = Path(args.data_dir) / f"inception-{Path(data).resolve().name}-{args.fid_split}-{size}-{weights}.npz"
+    name = data                                                       # two folders may have one name
+    if data not in images.IMAGES:
+        key = f"{Path(data).resolve()} {config['skip_corrupt']}"
+        name = f"{Path(data).resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    path = Path(args.data_dir) / f"inception-{name}-{args.fid_split}-{size}-{weights}.npz"
     load = lambda: images.load(data, args.fid_split, args.data_dir, config["image_size"], config["skip_corrupt"])
     return network, metrics.reference_statistics(path, load, network)
 

@@ -214,7 +214,7 @@ def main_points(args, device):
 
 def main_pictures(args, device):
     """Train runs on pictures, one after the other; in every process that torchrun started."""
-    rank, world = train_images.processes()
+    rank, world = train_images.processes(device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -36,12 +36,12 @@ def build_model(config):
     return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], **network)
 
 
-def processes():
-    """Rank and number of the processes that torchrun started; 0 and 1 without it. Joins them at the first call."""
+def processes(device=torch.device("cpu")):
+    """Rank and number of the processes that torchrun started; 0 and 1 without it. Joins them at the first call, for a device."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return distributed.get_rank(), distributed.get_world_size()
 
 
@@ -59,9 +59,9 @@ def autocast(config, device):
 
 
 @functools.lru_cache(2)
-def order(seed, epoch, n):
+def order(seed, epoch, n, device):
     """In which an epoch goes through the pictures."""
-    return torch.randperm(n, generator=run.generator("cpu", seed, "order", epoch))
+    return torch.randperm(n, generator=run.generator("cpu", seed, "order", epoch)).to(device)
 
 
 def batch(pictures, step, config):
@@ -72,7 +72,7 @@ def batch(pictures, step, config):
     size, seed, device = config["batch_size"], config["seed"], pictures.device
     epoch, i = divmod(step, len(pictures) // size)
     g = run.generator(device, seed, "noise", step)
-    x = pictures[order(seed, epoch, len(pictures))[i * size:(i + 1) * size].to(device)]
+    x = pictures[order(seed, epoch, len(pictures), device)[i * size:(i + 1) * size]]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
     return x, losses.sample_t((size,), config["t_min"], g), torch.randn(x.shape, generator=g, device=device)
 
@@ -141,7 +141,11 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         for part, key in (model, "model"), (ema, "ema"), (optimizer, "optimizer"):
             part.load_state_dict(state[key])
         step, history, seconds = state["step"], list(state["history"]), state["seconds"]
+        for weight, moments in optimizer.state.items():    # in the memory layout of this device
+            moments |= {key: torch.empty_like(weight).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
         recent = list(zip(*(column.to(device) for column in state["recent"])))
+        if recent and len(recent[0][2]) != config["batch_size"] // world:
+            recent = []                                    # of another number of processes: their parts have other sizes
     average, mine = list(ema.parameters()), slice(rank, None, world)
     network = DistributedDataParallel(model) if world > 1 else model
     network = torch.compile(network) if compiled else network
@@ -150,7 +154,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         return [torch.stack(column) for column in zip(*recent)]
 
     def check():
-        bad = (~columns()[0].isfinite()).nonzero() if recent else []
+        bad = (~torch.stack(columns()[:2]).isfinite().all(0)).nonzero() if recent else []    # a bad gradient spoils the weights
         if len(bad):
             raise SystemExit(f"{folder}: the loss is not finite at step {step - len(recent) + bad[0].item()} - lower --lr or "
                              "raise --t-min; what was saved before is kept")
@@ -206,6 +210,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             save()
             saved = time.perf_counter()
         if rank == 0 and (step % grid_every == 0 or over):
-            samples = draw(ema, (64, *pictures.shape[1:]), GRID_STEPS, config, run.generator(device, config["seed"], "grid"))
+            samples = draw(ema, (64, *pictures.shape[1:]), GRID_STEPS, config, run.generator(device, config["seed"], "grid"),
+                           max(config["t_min"], 1e-3))
             images.save_png(images.grid(samples.cpu(), 8), folder / f"samples-{step}.png")
     return history[-1]

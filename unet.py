@@ -51,7 +51,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * self.half, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
 
     def forward(self, t):
-        frequencies = torch.exp(-math.log(10_000) / (self.half - 1) * torch.arange(self.half).to(t))
+        frequencies = torch.exp(-math.log(10_000) / (self.half - 1) * torch.arange(self.half, device=t.device, dtype=t.dtype))
         angles = 1000 * t[:, None] * frequencies                                            # from 1000 t down to t / 10
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 

@@ -226,6 +226,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
     assert run.load(only(tmp_path))["step"] == 3
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_too(folder, tmp_path, monkeypatch):
+    """The loss of that step is finite, the weights after it are not: they must not replace a good checkpoint."""
+    steps, original = [], torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, norm):
+        steps.append(1)
+        parameters = list(parameters)
+        if len(steps) == 5:
+            parameters[0].grad.fill_(float("inf"))
+        return original(parameters, norm)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
+    with pytest.raises(SystemExit, match="not finite at step 4 "):
+        train.main(command(folder, tmp_path, "--epochs", "2"))
+    state = run.load(only(tmp_path))
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path, monkeypatch):
+    """What the other processes had seen since the last test is gone, the weights are not."""
+    argv = command(folder, tmp_path, "--epochs", "2")
+    monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
+    killed(monkeypatch, argv, 4)
+    state = run.load(only(tmp_path))
+    state["recent"] = [column[:, :4] if column.ndim == 2 else column for column in state["recent"]]     # as of two processes
+    run.save(only(tmp_path) / "ckpt.pt", {key: value for key, value in state.items() if key != "format"})
+    train.main([*argv, "--resume"])
+    assert run.load(only(tmp_path))["step"] == 10
+
+
 def test_two_processes_have_the_loss_curve_of_one(trained, folder, tmp_path):
     """torchrun with gloo: the batch is divided, gradients and losses are those of the whole."""
     argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "2", "--grid-every", "5")
