@@ -1,6 +1,7 @@
 """Training on pictures: the loop typed a second time, resume, processes, tests of a run, mistakes."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,35 @@ def test_evaluation_is_the_sum_typed_again(target, loss):
         weights = losses.weight(name, target, t, ddpm.SCHEDULES["cosine"])
         assert abs(result[f"test_{name}"] / (weights * errors).mean() - 1) < 1e-3
     assert result["test_loss"] == pytest.approx(result[f"test_{loss}"])
+
+
+def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeypatch):
+    seen, original = [], ddpm.ancestral_sample
+    monkeypatch.setattr(ddpm, "ancestral_sample",
+                        lambda model, *args, **kw: seen.append((model.schedule, kw)) or original(model, *args, **kw))
+    train.main(command(folder, tmp_path, "--epochs", "1", "--target", "s", "--schedule", "ve", "--t-min", "0.05", "--stabiliser",
+                       "0.02", "--seed", "3", "--lr", "0", "--image-size", "6", "--preset", "thesis"))
+    state = run.load(only(tmp_path))
+    torch.manual_seed(3)                                   # at a rate of 0 the first weights stay
+    preset = unet.PRESETS["thesis"] | dict(channels=8, channel_mult=[1, 2], layers=1, attention=[4])
+    first = unet.UNet(3, 6, **preset).state_dict()
+    assert state["config"]["shape"] == [3, 6, 6] and all(torch.equal(state["model"][key], first[key]) for key in first)
+    (schedule, grid), = seen
+    assert schedule == grid["schedule"] == ddpm.SCHEDULES["ve"] and (grid["stabiliser"], grid["t_min"]) == (0.02, 0.05)
+    sample.main(["--ckpt", str(only(tmp_path)), "--steps", "2", "--num-samples", "2", "--batch-size", "2", "--t-min", "0.1",
+                 "--seed", "7", "--device", "cpu"])
+    assert seen[1][1]["t_min"] == 0.1
+    settings = json.loads((only(tmp_path) / "samples/settings.json").read_text())
+    assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, t_min=0.1, clip=True,
+                                                sampling_seed=7, batch_size=2, precision="fp32")
+    with train_images.autocast(dict(precision="bf16"), torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_several_sets_in_one_call(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "again")
+    train.main(["--data", str(folder), str(tmp_path / "again"), "--out", str(tmp_path / "runs"), *SMALL, "--epochs", "1"])
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"squares-eps-mse-s0", "again-eps-mse-s0"}
 
 
 def killed(monkeypatch, argv, step):
