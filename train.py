@@ -258,6 +258,9 @@ def main_pictures(args, device):
                 print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; {last['seconds']:.0f} s")
     if rank == 0:
         print(f"next: python sample.py --ckpt {folder} --steps 500")
+    if world > 1:                                          # together: one that left earlier would abort at exit
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def progress(config, steps, minutes):
