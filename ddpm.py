@@ -1,4 +1,4 @@
-r"""The diffusion process: noise schedules, forward process, posterior, ancestral sampling (thesis 3.1.1, 3.1.2).
+r"""The diffusion process: noise schedules, forward process, posterior (thesis 3.1.1, 3.1.2), and its SDE (slides).
 
 Read this first, then `targets.py` (what the network predicts) and `losses.py` (how its errors are weighed). Equation
 numbers are the thesis's; VDM is *Demystifying Variational Diffusion Models* (Ribeiro and Glocker 2024).
@@ -8,7 +8,7 @@ A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sig
 in float32 and float64, on any device. The ends t = 0 and t = 1 of the cosine schedule are log-SNR +-infinity: training
 and sampling stay inside [t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
 
-Not here: other samplers than the ancestral one, learned schedules and learned variances.
+Not here: how samples are drawn (`samplers.py`), learned schedules and learned variances.
 
     python ddpm.py        # alpha, sigma and log-SNR of the three schedules of Fig. 3.2
 """
@@ -18,8 +18,6 @@ from typing import Callable
 
 import torch
 
-import targets
-
 
 def expand(c, x):
     """Give a coefficient c of shape (B,) or () trailing axes, so that it multiplies x of shape (B, ...)."""
@@ -28,7 +26,7 @@ def expand(c, x):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A noise schedule: logsnr(t), its derivative dlogsnr(t), and how alpha and sigma follow. All map (B,) -> (B,)."""
+    """A noise schedule: logsnr(t), its derivative dlogsnr(t), and what follows from them. All map (B,) -> (B,)."""
     logsnr: Callable
     dlogsnr: Callable
     variance_preserving: bool = True               # else variance exploding: alpha = 1
@@ -48,6 +46,28 @@ class Schedule:
     def dsnr(self, t):
         """SNR'(t) = SNR(t) dlogsnr(t); for the cosine schedule -pi alpha / sigma^3, Eq. (3.22)."""
         return self.snr(t) * self.dlogsnr(t)
+
+    def t(self, logsnr):
+        """The time of a log-SNR, the inverse of logsnr(t), by bisection on the CPU in float64: (B,) -> (B,)."""
+        wanted = logsnr.cpu().double()
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+        for _ in range(60):
+            middle = (low + high) / 2
+            early = self.logsnr(middle) > wanted
+            low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+        return middle.to(logsnr)
+
+    def ends(self, t_min):
+        """log-SNR at 1 - t_min and at t_min, two numbers: its range in training, sampling and likelihoods."""
+        return self.logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64)).tolist()
+
+    def drift(self, t):
+        """f of the forward process dz = f z dt + g dw (slides): dlog(alpha)/dt = sigma^2 dlogsnr / 2; 0 if exploding."""
+        return 0.5 * self.sigma(t)**2 * self.dlogsnr(t) if self.variance_preserving else torch.zeros_like(t)
+
+    def diffusion_sq(self, t):
+        """g^2 of dz = f z dt + g dw: dsigma^2/dt - 2 f sigma^2 = -sigma^2 dlogsnr, for every schedule."""
+        return -self.sigma(t)**2 * self.dlogsnr(t)
 
 
 # alpha = cos(pi t / 2), Eq. (3.3). cos(pi t / 2) is written sin(pi (1 - t) / 2): right in float32 up to t = 1.
@@ -133,36 +153,6 @@ def posterior(z, x, s, t, schedule):
     sigma_ratio_sq = (schedule.sigma(s) / schedule.sigma(t))**2
     mean = expand(alpha_ts(s, t, schedule) * sigma_ratio_sq, z) * z + expand(schedule.alpha(s) * c, x) * x
     return mean, expand(schedule.sigma(s)**2 * c, z)
-
-
-@torch.no_grad()
-def ancestral_sample(model, shape, steps, *, target, schedule, t_min=1e-3, generator=None, stabiliser=0.0,
-                     clip=math.inf, dtype=torch.float32):
-    r"""Draw samples with p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), in `steps` network evaluations.
-
-    model(z, t) -> prediction of `target`, with z (B, ...) and the true time t (B,), however few the steps. The grid is
-    t_i = t_min + (1 - 2 t_min) i / steps, the thesis's i / T squeezed into [t_min, 1 - t_min]. The first z has the
-    variance that standardised data have there, alpha^2 + sigma^2. The last step adds no noise: it returns its x_hat.
-    Draws on the generator's device. Returns (B, ...) of `shape`. Raises ValueError if steps < 1.
-    clip: every x_hat is kept in [-clip, clip], the range of pictures (Ho et al. 2020).
-    For a stack of M models `target` is a list of M names: all get the same draws, and it returns (M * B, ...).
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    device = generator.device if generator is not None else "cpu"
-    times = t_min + (1 - 2 * t_min) * torch.arange(steps + 1, device=device, dtype=dtype) / steps
-    alphas, sigmas = schedule.alpha(times), schedule.sigma(times)
-    names = [target] if isinstance(target, str) else target
-    noise = lambda: torch.cat([torch.randn(shape, generator=generator, device=device, dtype=dtype)] * len(names))
-    z = (alphas[-1]**2 + sigmas[-1]**2).sqrt() * noise()
-    for i in range(steps, 0, -1):
-        predictions = model(z, times[i].expand(len(z))).chunk(len(names))
-        x_hat = torch.cat([targets.to_x(name, y, z, alphas[i], sigmas[i], stabiliser)
-                           for name, y, z in zip(names, predictions, z.chunk(len(names)))]).clamp(-clip, clip)
-        if i > 1:
-            mean, var = posterior(z, x_hat, times[i - 1], times[i], schedule)
-            z = mean + var.sqrt() * noise()
-    return x_hat
 
 
 if __name__ == "__main__":

@@ -129,6 +129,31 @@ def over_t(panels, label, path):
     finish(fig, None if shades else axes[0], path)
 
 
+def over_evaluations(panels, label, path):
+    """A distance over network evaluations, log scales, the floor dotted and two standard deviations above it.
+
+    panels: {(data, target): ({"mean", "std"} of the floor, {sampler: [(evaluations, values of the seeds)]})}.
+    """
+    columns, targets = (list(dict.fromkeys(names)) for names in zip(*panels))
+    fig, axes = plt.subplots(len(targets), len(columns), figsize=(11, 2.4 * len(targets) + 0.5), sharex=True, sharey=True, squeeze=False)
+    for (data, target), (floor, curves) in panels.items():
+        ax = axes[targets.index(target), columns.index(data)]
+        for (sampler, points), colour in zip(curves.items(), ["black", *COLOURS.values()]):
+            band(ax, [n for n, _ in points], np.array([values for _, values in points]).T, color=colour, label=sampler)
+        ax.axhspan(floor["mean"], floor["mean"] + 2 * floor["std"], color="grey", alpha=0.3, linewidth=0)
+        ax.axhline(floor["mean"], color="grey", linestyle=":", label="floor")
+        ax.set_xscale("log", base=2)
+        ax.set(yscale="log", ylim=(3e-3, 3))
+        ax.set_title(f"{data}, {target}", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("network evaluations")
+    for ax in axes[:, 0]:
+        ax.set_ylabel(label)
+    fig.tight_layout(rect=(0, 0, 1, 0.95))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(curves) + 1)
+    save(fig, path)
+
+
 def finish(fig, ax, path):
     """Lay out and save, with the legend of one panel above all of them."""
     fig.tight_layout(rect=(0, 0, 1, 0.93) if ax else None)

@@ -12,7 +12,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -21,11 +20,13 @@ import numpy as np
 import torch
 
 import ddpm
+import likelihood
 import losses
 import metrics
 import plots
 import run
 import sample
+import samplers
 import stack
 import targets
 import train
@@ -35,6 +36,7 @@ from datasets2d import DATASETS
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
 PICTURE_STEPS = 500    # thesis 4.4.4
+SWEEPS = {"t": STEPS, "logsnr": STEPS[:6], "karras": STEPS[:6]}      # network evaluations; above 64 grids matter little
 DISTANCES = "mean_distance", "covariance_distance"
 # As the thesis computes them (ERRATA.md entry 8): t in all of [0, 1], the stabiliser in the score and in the weights.
 STABILISED = ["--loss", "mse", "nelbo_stable", "--t-min", "1e-6", "--stabiliser", "0.01"]
@@ -79,26 +81,36 @@ def trained(args, options, data=tuple(DATASETS)):
             for config, folder, state in zip(configs, folders, states)}
 
 
-def sampled(args, runs, steps):
-    """Draw what is missing of the samples of runs -> {key: metrics.json}; the points are in <run>/steps-<steps>/."""
-    folder = lambda key: runs[key][0] / (f"steps-{steps}" + (f"-{args.num_samples}" if args.num_samples != 10_000 else ""))
+def sampled(args, runs, steps, sampler="ancestral", grid="t"):
+    """Draw what is missing of the samples of runs -> {key: metrics.json}, in <run>/steps-<steps>/.
+
+    The points are kept there too for the thesis's sampler. Other samplers and grids are in the folder's name.
+    """
+    thesis = (sampler, grid) == ("ancestral", "t")
+    folder = lambda key: runs[key][0] / "-".join([f"steps-{steps}"] + [str(args.num_samples)] * (args.num_samples != 10_000)
+                                                 + [sampler, grid] * (not thesis))
 
     def current(key):
         made = folder(key) / "metrics.json"
-        return made.exists() and made.stat().st_mtime >= (runs[key][0] / "ckpt.pt").stat().st_mtime
+        return (made.exists() and made.stat().st_mtime >= (runs[key][0] / "ckpt.pt").stat().st_mtime
+                and metrics.DISTANCES[-1].__name__ in made.read_text())      # else of a version that measured less
     device, start, done = run.device(args.device), time.perf_counter(), 0
     missing = [key for key in runs if not current(key)]
     for seed in sorted({key[3] for key in missing}):     # the sampling noise differs between seeds too
         keys = [key for key in missing if key[3] == seed]
         for group in sample.in_stacks([(key, runs[key][1]) for key in keys], device):
             before = time.perf_counter()
-            points = sample.draw([state for _, state in group], steps, args.num_samples, seed, device)
-            seconds = (time.perf_counter() - before) / len(group)
+            points = sample.draw([state for _, state in group], steps, args.num_samples, seed, device, sampler=sampler, grid=grid)
+            facts = dict(steps=steps, sampler=sampler, grid=grid, sampling_seed=seed, device=str(device),
+                         seconds=(time.perf_counter() - before) / len(group))
             for (key, state), x in zip(group, points):
-                sample.save(folder(key), state, x, steps=steps, sampling_seed=seed, device=str(device), seconds=seconds)
+                if thesis:
+                    sample.save(folder(key), state, x, **facts)
+                else:
+                    run.write(folder(key) / "metrics.json", json.dumps(sample.describe(state, x, **facts), indent=2).encode())
             done += len(group)
             left = (time.perf_counter() - start) / done * (len(missing) - done)
-            print(f"sampling in {steps} steps: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
+            print(f"sampling in {steps} steps, {sampler}, grid {grid}: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
     return {key: {**json.loads((folder(key) / "metrics.json").read_text()), "folder": folder(key)} for key in runs}
 
 
@@ -111,11 +123,9 @@ def judging_points(data, t_min=1e-3):
     """
     schedule, g = ddpm.SCHEDULES["cosine"], run.generator("cpu", "judge", data)
     x = DATASETS[data].sample(4 * train_points.POINTS, g)
-    low, high = schedule.logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64))
-    logsnr = low + (high - low) * losses.sample_t((len(x),), 0.0, g, torch.float64)
-    t = (2 / math.pi * torch.atan(torch.exp(-logsnr / 2))).float()           # the inverse of the cosine schedule's logsnr
-    eps = torch.randn(x.shape, generator=g)
-    return ddpm.q_sample(x, t, eps, schedule), t, eps, (0.5 * (high - low) / (1 - 2 * t_min)).item()
+    t = likelihood.draw_t((len(x),), schedule, t_min, "logsnr", g, torch.float64)[0].float()
+    eps, (low, high) = torch.randn(x.shape, generator=g), schedule.ends(t_min)
+    return ddpm.q_sample(x, t, eps, schedule), t, eps, 0.5 * (high - low) / (1 - 2 * t_min)
 
 
 @torch.no_grad()
@@ -130,8 +140,8 @@ def exact_nelbo(model, target, data, stabiliser=0.0):
 def cell(values):
     """Mean and, of more than one seed, standard deviation (n - 1)."""
     mean = statistics.mean(values)
-    digits = 3 if mean < 100 else 0
-    return f"{mean:.{digits}f}" + (f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    form = ".3f" if abs(mean) < 100 else ".0f" if abs(mean) < 1e6 else ".0e"
+    return f"{mean:{form}}" + (f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else "")
 
 
 def gaps(results):
@@ -237,26 +247,139 @@ def table4_2(args):
     return rows(header, lines) + [note]
 
 
+def judged(args, runs):
+    """Measure what is missing of the likelihoods of runs -> {key: {name: mean}}, in <run>/likelihood-<points>.json."""
+    device, n, results, start, done = run.device(args.device), args.num_samples // 4, {}, time.perf_counter(), 0
+    path = lambda key: runs[key][0] / f"likelihood-{n}.json"
+    missing = [key for key in runs if not path(key).exists()
+               or path(key).stat().st_mtime < (runs[key][0] / "ckpt.pt").stat().st_mtime]
+    for key in missing:
+        config = runs[key][1]["config"]
+        x = train_points.test_set(key[0])[:n].to(device)
+        x = x if device.type == "mps" else x.double()
+        model = sample.build_model([runs[key][1]], device).to(x.dtype).requires_grad_(False)
+        terms, _ = likelihood.evaluate(model, x, config, draws=100, generator=run.generator(device, "likelihood"))
+        terms["entropy"] = -DATASETS[key[0]].log_prob(x.cpu())
+        gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
+        result = {name: likelihood.mean_and_error(values) for name, values in (terms | gaps).items()}
+        run.write(path(key), json.dumps(result | {"exact median": gaps["exact gap"].median().item()}).encode())
+        done += 1
+        left = (time.perf_counter() - start) / done * (len(missing) - done)
+        print(f"likelihood: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
+    return {key: json.loads(path(key).read_text()) for key in runs}
+
+
+def likelihoods(args):
+    stabilised, exact = trained(args, STABILISED), trained(args, EXACT)
+    results, lines, errors = judged(args, stabilised) | judged(args, exact), [], {"bound gap": [], "exact gap": []}
+    for (data, target), loss in itertools.product(THESIS, ("mse", "nelbo_stable", "nelbo")):
+        found = [results[data, target, loss, seed] for seed in range(args.seeds)]
+        column = lambda name: cell([result[name][0] for result in found])
+        for name, values in errors.items():
+            values += [error for gap, error in (result[name] for result in found) if abs(gap) < 1]
+        lines.append([data, target, f"`{loss}`", column("bound"), column("exact"), f"{found[0]['entropy'][0]:.3f}", column("bound gap"),
+                      column("exact gap"), cell([result["exact median"] for result in found])])
+    variances, g = {}, run.generator("cpu", "variance")
+    for data, mixture in DATASETS.items():
+        x, schedule = mixture.sample(1000, g, torch.float64), ddpm.SCHEDULES["cosine"]
+        error_sq = [likelihood.bound(mixture.optimal_model("eps", schedule), x, target="eps", schedule=schedule, uniform=uniform,
+                                     draws=64, generator=g)["error"].square().mean().item() for uniform in ("t", "logsnr")]
+        variances[data] = error_sq[0] / error_sq[1]
+    n = args.num_samples // 4
+    text = rows(["data", "target", "trained with", "bound", "exact NLL", "entropy", "bound - entropy", "exact - entropy",
+                 "median over points"], lines)
+    worst = {name: f"at most {max(values):.3f}" if values else "not small" for name, values in errors.items()}
+    return text + [f"Nats (for two dimensions), the first {n:,} test points and their own entropy; {args.epochs} epochs, {args.seeds} "
+                   f"seeds, mean +- standard deviation over them. The Monte Carlo error of a gap below 1 nat is {worst['bound gap']} for the "
+                   f"bound (100 draws of t and noise a point) and {worst['exact gap']} for the flow (64 Runge-Kutta steps equal in log-SNR, "
+                   "float64). The bound is that of the ancestral model, the exact NLL that of the probability flow ODE: two models with one "
+                   "network, of which either may be the better. With t uniform in place of log-SNR the bound of the exact denoiser has "
+                   + ", ".join(f"{value:.0f} ({data})" for data, value in variances.items()) + " times the variance."]
+
+
+def weighted_runs(args):
+    return {key: value for key, value in trained(args, STABILISED).items() if key[2] == "mse"}
+
+
+def swept(args):
+    """Samples of the runs with the weighted loss: {(sampler, grid, evaluations): {(data, target): metrics of the seeds}}."""
+    runs, results = weighted_runs(args), {}
+    for (grid, numbers), sampler in itertools.product(SWEEPS.items(), samplers.SAMPLERS):
+        for n in numbers:
+            by_run = sampled(args, runs, n, sampler, grid)
+            results[sampler, grid, n] = {(data, target): [by_run[data, target, "mse", seed] for seed in range(args.seeds)]
+                                         for data, target in THESIS}
+    return results
+
+
+def average(results, name):
+    return statistics.mean(result[name] for result in results)
+
+
+def at_floor(results, name):
+    """Is the mean distance over the seeds at most that of data to data, plus two of its standard deviations?"""
+    floor = results[0][f"{name}_floor"]
+    return average(results, name) <= floor["mean"] + 2 * floor["std"]
+
+
 def steps(args):
-    runs = {key: value for key, value in trained(args, STABILISED, ["rings"]).items()
-            if key[1] in ("x", "v") and key[2] == "mse"}
     device, data, schedule = run.device(args.device), DATASETS["rings"], ddpm.SCHEDULES["cosine"]
-    real, lines = train_points.test_set("rings"), []
+    results = swept(args)
+    real, lines, two = train_points.test_set("rings"), [], ("covariance_distance", "sliced_wasserstein")
     for n in STEPS:
-        results = sampled(args, runs, n)
-        columns = [[r for key, r in results.items() if key[1] == target] for target in ("x", "v")]
-        exact = [ddpm.ancestral_sample(data.optimal_model("v", schedule), (args.num_samples, 2), n, target="v",
-                                       schedule=schedule, generator=run.generator(device, seed, "sample")).cpu()
-                 for seed in range(args.seeds)]
-        columns.append([{DISTANCES[1]: metrics.covariance_distance(x, real).item(),
+        columns = [results["ancestral", "t", n]["rings", target] for target in ("x", "v")]
+        exact = [samplers.sample(data.optimal_model("v", schedule), (args.num_samples, 2), n, target="v", schedule=schedule,
+                                 generator=run.generator(device, seed, "sample")).cpu() for seed in range(args.seeds)]
+        columns.append([{two[0]: metrics.covariance_distance(x, real).item(),
                          "log_density": metrics.log_density(data, x).item(),
                          "log_density_data": columns[0][0]["log_density_data"]} for x in exact])
-        lines.append([str(n), *(cell([r[DISTANCES[1]] for r in c]) for c in columns),
+        lines.append([str(n), *(cell([r[two[0]] for r in c]) for c in columns),
                       *(cell(gaps(c)) for c in columns)])
-    lines.append(["floor"] + 3 * [floor(columns[0][0], DISTANCES[1])] + 3 * ["0"])
-    return rows(["steps", "covar. dist.: x", "v", "exact denoiser", "log-density gap: x", "v", "exact denoiser"], lines) + [
-        f"Rings, `mse`, {args.epochs} epochs, {args.seeds} seeds. {args.num_samples:,} samples against 50,000 points of the "
-        "data; mean +- standard deviation over the seeds."]
+    lines.append(["floor"] + 3 * [floor(columns[0][0], two[0])] + 3 * ["0"])
+    text = ["**More ancestral steps: x and v on the rings**, beside the exact denoiser", ""]
+    text += rows(["steps", "covar. dist.: x", "v", "exact denoiser", "log-density gap: x", "v", "exact denoiser"], lines)
+
+    for grid, numbers in SWEEPS.items():
+        lines = []
+        for key in THESIS:
+            line = list(key)
+            for sampler in samplers.SAMPLERS:
+                first = [next((str(n) for n in numbers if at_floor(results[sampler, grid, n][key], name)), "-") for name in two]
+                line.append(" / ".join(first))
+            lines.append(line)
+        text += [f"**Evaluations until the floor, grid `{grid}`**, of {', '.join(map(str, numbers))}: covariance distance / sliced "
+                 "Wasserstein distance", ""] + rows(["data", "target", *samplers.SAMPLERS], lines)
+
+    lines = []
+    for name in DATASETS:
+        for sampler, grid, n in [("ancestral", "t", STEPS[-1]), *itertools.product(["dpmpp"], SWEEPS, (32, 16, 8))]:
+            found = results[sampler, grid, n][name, "v"]
+            lines.append([name, f"{sampler}, {grid}", str(n), *(cell([r[d] for r in found]) for d in two), cell(gaps(found))])
+        lines.append([name, "floor", "", *(floor(found[0], d) for d in two), "0"])
+    text += ["**v in few evaluations**", ""] + rows(["data", "sampler, grid", "evaluations", "covar. dist.", "sliced Wasserstein",
+                                                     "log-density gap"], lines)
+
+    lines = []
+    for key in [(name, target) for name in DATASETS for target in ("eps", "s")]:
+        lines.append([*key, *(cell([r[two[1]] for r in results["dpmpp", grid, n][key]])
+                              for grid in SWEEPS for n in (8, 16, 32)), floor(found[0], two[1])])
+    text += ["**eps and s in few evaluations of `dpmpp`**: sliced Wasserstein distance", ""]
+    text += rows(["data", "target", *(f"{grid}, {n}" for grid in SWEEPS for n in (8, 16, 32)), "floor"], lines)
+    return text + [f"Networks with `mse`, {args.epochs} epochs, {args.seeds} seeds. {args.num_samples:,} samples against 50,000 "
+                   "points of the data; mean +- standard deviation over the seeds. At the floor is a mean over the seeds of at most "
+                   "the floor plus two of its standard deviations; - is nowhere."]
+
+
+def over_evaluations(name):
+    def figure(args, path):
+        results, panels = swept(args), {}
+        for (sampler, grid, n), by_key in results.items():
+            for key, found in by_key.items():
+                if grid == "t":
+                    panels.setdefault(key, (found[0][f"{name}_floor"], {}))[1].setdefault(sampler, []).append(
+                        (n, [result[name] for result in found]))
+        plots.over_evaluations(panels, name.replace("_", " "), path)
+    return figure
 
 
 def fig3_2(args, path):
@@ -366,8 +489,14 @@ RESULTS = {
                   "trained models lie at the best possible of each loss, as the thesis's do; judged by one exact NELBO, "
                   "x and s with the thesis's losses are the worst and not the best"),
     "table4.2":  (table4_2, "losses and FID of pictures for x, eps and v", "what so many minutes of training give"),
-    "steps":     (steps, "what more sampling steps do, x and v on the rings",
-                  "beyond 64 steps x draws the rings thinner and thinner, v does not"),
+    "likelihood": (likelihoods, "variational bound and exact log-likelihood of every set, target and loss, beside the entropy",
+                   "what each network lacks of the best possible, in nats"),
+    "steps":     (steps, "how many network evaluations each sampler needs",
+                  "beyond 64 ancestral steps x draws the rings thinner and thinner, v does not"),
+    "steps-covariance": (over_evaluations("covariance_distance"), "covariance distance over network evaluations, every set, target "
+                         "and sampler", "what its caption says"),
+    "steps-wasserstein": (over_evaluations("sliced_wasserstein"), "sliced Wasserstein distance over network evaluations, every set, "
+                          "target and sampler", "what its caption says"),
     "fig3.2":    (fig3_2, "log-SNR of the three schedules", "the cosine changes slowest in the middle and is infinite at both ends; t from 0.001 to 0.999"),
     "fig4.1":    (fig4_1, "the four sets, 50,000 points each", "mean 0 and variance 1 per axis, for all four"),
     "fig4.2":    (fig4_2, "their diffusion with the cosine schedule", "at t = 0.4 the shape is nearly gone, at t = 1 all are one Gaussian"),
@@ -404,7 +533,7 @@ RESULTS = {
 }
 
 
-TABLES = table4_1, table4_2, steps
+TABLES = table4_1, table4_2, likelihoods, steps
 
 
 def write_index(out):

@@ -2,10 +2,11 @@
 
     python sample.py                                       # the newest run, 512 steps
     python sample.py --ckpt runs/rings-*-s0 --steps 16     # many at once, as a stack, with the same noise
+    python sample.py --sampler dpmpp --steps 16            # as good with fewer evaluations, see samplers.py
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
 
-Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean and covariance
-distance to 50,000 fresh points beside their floor: what two samples of the data itself, of the same sizes, give.
+Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean, covariance and sliced
+Wasserstein distance to 50,000 fresh points beside their floor: what two samples of the data itself, of the same sizes, give.
 Pictures: writes samples/00000.png ... of the averaged weights (EMA), samples.png (a grid of the first) and metrics.json. A
 call that was killed goes on with the first picture that is missing; a larger --num-samples adds to those that are there.
 """
@@ -25,6 +26,7 @@ import images
 import metrics
 import plots
 import run
+import samplers
 import stack
 import train
 import train_images
@@ -38,6 +40,9 @@ def parse(argv):
                                      usage="python sample.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--steps", type=run.number(int, 1), default=512, help="network evaluations (512)")
+    parser.add_argument("--sampler", choices=samplers.SAMPLERS, default="ancestral", help="(ancestral)")
+    parser.add_argument("--grid", choices=samplers.GRIDS, default="t", help="what the steps are equal in: t, log-SNR, or Karras's (t)")
+    parser.add_argument("--eta", type=run.number(float, 0, 1), help="noise of --sampler ddim, 1 is that of ancestral (0)")
     parser.add_argument("--t-min", type=run.number(float, 1e-6, 0.49),
                         help="the steps divide [t_min, 1 - t_min] (that of training, at least 0.001)")
     parser.add_argument("--num-samples", type=run.number(int, 2), help="(points: 10000, pictures: 64)")
@@ -54,7 +59,11 @@ def parse(argv):
     group.add_argument("--fid-split", choices=["train", "test"], default="train", help="of the data, for FID (train)")
     group.add_argument("--inception-weights", metavar="PATH", help="local file of pytorch-fid's weights (downloaded once)")
     group.add_argument("--data-dir", default="data", help="where the data of FID are, and its statistics go (data)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.eta is not None and args.sampler != "ddim":
+        parser.error(f"--eta is for --sampler ddim, {args.sampler} has none")
+    args.how = dict(sampler=args.sampler, grid=args.grid, **({"eta": args.eta} if args.eta is not None else {}))
+    return args
 
 
 def is_pictures(state):
@@ -84,14 +93,17 @@ def smallest_t(config, t_min):
     return t_min or max(config["t_min"], 1e-3)
 
 
-def draw(states, steps, num_samples=10_000, seed=0, device="cpu", t_min=None):
-    """Samples of runs that differ in data, target, loss and seed only, as one stack -> (M, num_samples, 2), on the CPU."""
+def draw(states, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, **how):
+    """Samples of runs that differ in data, target, loss and seed only, as one stack -> (M, num_samples, 2), on the CPU.
+
+    how: the sampler, grid and eta of `samplers.sample`, where they are not the default.
+    """
     config = states[0]["config"]
     model = stack.in_chunks(build_model(states, device), len(states), 5000 if torch.device(device).type == "cpu" else 2**20)
     names = [state["config"]["target"] for state in states]
-    samples = ddpm.ancestral_sample(model, (num_samples, 2), steps, target=names,
-                                    schedule=ddpm.SCHEDULES[config["schedule"]], t_min=smallest_t(config, t_min),
-                                    generator=run.generator(device, seed, "sample"), stabiliser=config["stabiliser"])
+    samples = samplers.sample(model, (num_samples, 2), steps, target=names, schedule=ddpm.SCHEDULES[config["schedule"]],
+                              t_min=smallest_t(config, t_min), generator=run.generator(device, seed, "sample"),
+                              stabiliser=config["stabiliser"], **how)
     return samples.unflatten(0, (len(states), -1)).cpu()
 
 
@@ -116,26 +128,35 @@ def measure(config, samples):
     """Distances of samples (n, 2) to 50,000 points of the data and their mean log-density, each beside that of the data."""
     result, real = {}, train_points.test_set(config["data"])
     distances, log_density = floor(config["data"], len(samples))
-    for distance in metrics.mean_distance, metrics.covariance_distance:
+    for distance in metrics.DISTANCES:
         name, (mean, std) = distance.__name__, distances[distance.__name__]
         result[name], result[f"{name}_floor"] = distance(samples, real).item(), {"mean": mean, "std": std}
     return result | {"log_density": metrics.log_density(DATASETS[config["data"]], samples).item(),
                      "log_density_data": log_density}
 
 
-def save(out, state, samples, **facts):
-    """Measure samples of a run, write samples.npy and metrics.json, and return what is in the latter."""
+def describe(state, samples, **facts):
+    """Measure samples of a run, and write down what they are: what is in metrics.json. SystemExit if they are not finite."""
     if not samples.isfinite().all():
         raise SystemExit(f"{train.name(state['config'])} gives samples that are not finite - train it longer, or with another "
                          "--loss")
     last = state["history"][-1]
-    result = {**state["config"], "epochs_trained": len(state["history"]), "test_loss": last["test_loss"],
-              "optimum": last["optimum"], "num_samples": len(samples), **facts, **measure(state["config"], samples)}
+    return {**state["config"], "epochs_trained": len(state["history"]), "test_loss": last["test_loss"],
+            "optimum": last["optimum"], "num_samples": len(samples), **facts, **measure(state["config"], samples)}
+
+
+def save(out, state, samples, **facts):
+    """Measure samples of a run, write samples.npy and metrics.json, and return what is in the latter."""
+    result = describe(state, samples, **facts)
     buffer = io.BytesIO()
     np.save(buffer, samples.numpy())
     run.write(out / "samples.npy", buffer.getbuffer())
     run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
     return result
+
+
+def in_words(how):
+    return ", ".join(f"{key} {value}" for key, value in how.items())
 
 
 def place(folder, args, runs):
@@ -150,15 +171,15 @@ def main_points(runs, args, device):
     for group in stacks:
         before = time.perf_counter()
         with run.enough_memory("a smaller --num-samples, or fewer runs at once"):
-            samples = draw([state for _, state in group], args.steps, n, args.seed, device, args.t_min)
+            samples = draw([state for _, state in group], args.steps, n, args.seed, device, args.t_min, **args.how)
         seconds = (time.perf_counter() - before) / len(group)
         done += len(group)
         for (folder, state), x in zip(group, samples):
             out = place(folder, args, runs)
-            result = save(out, state, x, steps=args.steps, sampling_seed=args.seed, device=str(device), seconds=seconds)
-            print(f"{folder}: {n} samples in {args.steps} steps, {seconds:.1f} s on {device}")
+            result = save(out, state, x, steps=args.steps, **args.how, sampling_seed=args.seed, device=str(device), seconds=seconds)
+            print(f"{folder}: {n} samples in {args.steps} steps, {in_words(args.how)}, {seconds:.1f} s on {device}")
             print("                      samples    floor (data against data)")
-            for key in "mean_distance", "covariance_distance":
+            for key in "mean_distance", "covariance_distance", "sliced_wasserstein":
                 print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
                                                                          **result[f"{key}_floor"]))
             print("mean log-density     {log_density:8.4f}   {log_density_data:.4f} nats of the data itself".format(**result))
@@ -174,7 +195,7 @@ def draw_pictures(folder, state, n, args, device):
     """Write n pictures as folder/00000.png ... Each batch has its own noise, so that what is there need not be drawn again."""
     config = state["config"]
     settings = dict(run=train.name(config), step=state["step"], test_loss=state["history"][-1]["test_loss"] if state["history"]
-                    else None, steps=args.steps, t_min=smallest_t(config, args.t_min), clip=args.clip,
+                    else None, steps=args.steps, **args.how, t_min=smallest_t(config, args.t_min), clip=args.clip,
                     sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"])
     named, present = folder / "settings.json", sorted(folder.glob("*.png"))
     if present and (not named.exists() or json.loads(named.read_text()) != settings):
@@ -197,7 +218,8 @@ def draw_pictures(folder, state, n, args, device):
     start = time.perf_counter()
     for count, i in enumerate(missing, 1):
         generator = run.generator(device, args.seed, "sample", i)
-        x = train_images.draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip).cpu()
+        x = train_images.draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
+                              **args.how).cpu()
         for name, picture in zip(names[i:i + size], x):               # the last batch is drawn whole, too: one shape for all
             images.save_png(picture, folder / name)
         rate = count * size / (time.perf_counter() - start)
@@ -235,13 +257,13 @@ def main_pictures(runs, args, device):
             settings, seconds = draw_pictures(out / "samples", state, n, args, device)
         paths = sorted((out / "samples").glob("*.png"))[:64]
         images.save_png(images.grid(images.read(paths, paths, None, False), 8), out / "samples.png")
-        result = {**config, **settings, "weights": "EMA", "sampler": "ancestral", "num_samples": n, "device": str(device)}
-        print(f"{folder}: {n:,} pictures in {args.steps} steps, {seconds:.1f} s on {device}")
+        result = {**config, **settings, "weights": "EMA", "num_samples": n, "device": str(device)}
+        print(f"{folder}: {n:,} pictures in {args.steps} steps, {in_words(args.how)}, {seconds:.1f} s on {device}")
         if args.fid:
             fid = metrics.fid(metrics.statistics(images.read_folder(out / "samples"), network), reference)
             result |= dict(fid=fid, fid_split=args.fid_split, fid_reference=reference[2])
-            print(f"FID {fid:.3f}: {n:,} samples (EMA, ancestral, {args.steps} steps{', clipped' if args.clip else ''}) against "
-                  f"{reference[2]:,} pictures of {config['data']}, {args.fid_split} split")
+            print(f"FID {fid:.3f}: {n:,} samples (EMA, {in_words(args.how)}, {args.steps} steps{', clipped' if args.clip else ''}) "
+                  f"against {reference[2]:,} pictures of {config['data']}, {args.fid_split} split")
         run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
         print(f"wrote samples/, samples.png and metrics.json to {out}/")
 

@@ -23,6 +23,7 @@ import ddpm
 import images
 import losses
 import run
+import samplers
 import unet
 
 JUDGED = 250          # test pictures at once
@@ -111,13 +112,12 @@ def evaluate(model, pictures, config, device):
     return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
 
 
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True):
-    """Pictures (B, C, H, W), uint8, by ancestral sampling; clip keeps x_hat in [-1, 1] at every step."""
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
+    """Pictures (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid and eta of `samplers`."""
     objective = losses.objective(config)
     with autocast(config, generator.device):
-        x = ddpm.ancestral_sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"],
-                                  t_min=t_min, generator=generator, stabiliser=objective["stabiliser"],
-                                  clip=1.0 if clip else math.inf)
+        x = samplers.sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"], t_min=t_min,
+                            generator=generator, stabiliser=objective["stabiliser"], clip=1.0 if clip else math.inf, **how)
     return images.to_uint8(x)
 
 

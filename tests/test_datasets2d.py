@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import datasets2d
 import ddpm
 import metrics
+import samplers
 from datasets2d import DATASETS
 
 F64 = torch.float64
@@ -181,7 +182,7 @@ COARSE = {"clusters": DATASETS["clusters"], "rings": datasets2d.standardised(*da
 @every_set
 def test_ancestral_sampling_with_the_exact_denoiser_ends_at_the_floor(name):
     data, schedule, g = COARSE[name], ddpm.SCHEDULES["cosine"], torch.Generator().manual_seed(1)
-    samples = ddpm.ancestral_sample(data.optimal_model("v", schedule), (5000, 2), 384, target="v", schedule=schedule,
+    samples = samplers.sample(data.optimal_model("v", schedule), (5000, 2), 384, target="v", schedule=schedule,
                                     generator=g)
     real = DATASETS[name].sample(50_000, g)
     for distance, (mean, std) in metrics.floor(DATASETS[name], 5000, 50_000, 20, g).items():

@@ -156,77 +156,31 @@ def test_posterior_at_the_ends():
     assert var.item() == 0
 
 
-def gaussian_model(c, name):
-    """Exact x-prediction for data N(0, c^2): E[x | z] = alpha c^2 z / (alpha^2 c^2 + sigma^2)."""
-    def model(z, t):
-        alpha, sigma = alpha_sigma(name, t[:1])
-        return alpha * c**2 / (alpha**2 * c**2 + sigma**2) * z
-    return model
+@every_schedule
+def test_the_sde_has_the_marginals_of_the_process(name):
+    """dz = f z dt + g dw: alpha' = f alpha and d sigma^2 = 2 f sigma^2 + g^2, by autograd of the textbook alpha and sigma."""
+    schedule, t = SCHEDULES[name], T[3:-3].clone().requires_grad_()
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    dalpha, dvar = (torch.autograd.grad(c.sum(), t, retain_graph=True)[0] for c in (alpha + 0 * t, sigma**2))
+    t = t.detach()
+    assert_close(schedule.drift(t) * alpha.detach(), dalpha, rtol=1e-8, atol=1e-12)
+    assert_close(2 * schedule.drift(t) * sigma.detach()**2 + schedule.diffusion_sq(t), dvar, rtol=1e-8, atol=1e-12)
+    if name == "linear":                                   # dx = -beta x / 2 dt + sqrt(beta) dw, slides
+        assert_close(schedule.drift(t), -(0.1 + 19.9 * t) / 2, rtol=1e-8, atol=0)
+        assert_close(schedule.diffusion_sq(t), 0.1 + 19.9 * t, rtol=1e-8, atol=0)
 
 
 @every_schedule
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_ancestral_sampling_of_gaussian_data_has_the_variance_of_its_recursion(name, steps):
-    """z_s = (A + B k) z_t + noise is linear, so the variance is known at any number of steps."""
-    c, t_min = 0.6, 1e-3
-    grid = [t_min + (1 - 2 * t_min) * i / steps for i in range(steps + 1)]
-    alpha, sigma = alpha_sigma(name, torch.tensor(grid, dtype=F64))
-    k = alpha * c**2 / (alpha**2 * c**2 + sigma**2)
-    var = alpha[-1]**2 + sigma[-1]**2
-    for i in range(steps, 1, -1):
-        gain = alpha[i] / alpha[i - 1] * sigma[i - 1]**2 / sigma[i]**2
-        noise = sigma[i - 1]**2 - gain**2 * sigma[i]**2
-        var = (gain + (alpha[i - 1] - gain * alpha[i]) * k[i])**2 * var + noise
-    samples = ddpm.ancestral_sample(gaussian_model(c, name), (200_000, 1), steps, target="x", t_min=t_min,
-                                    schedule=SCHEDULES[name], generator=torch.Generator().manual_seed(0), dtype=F64)
-    assert_close(samples.var().item(), (k[1]**2 * var).item(), rtol=0.02, atol=0)
+@pytest.mark.parametrize("dtype, atol", [(F64, 1e-9), (torch.float32, 2e-7)])
+def test_the_time_of_a_log_snr(name, dtype, atol):
+    schedule, t = SCHEDULES[name], T.to(dtype)
+    found = schedule.t(schedule.logsnr(T).to(dtype))
+    assert found.dtype == dtype and found.shape == t.shape
+    assert_close(found, t, rtol=0, atol=atol)
 
 
-def test_ancestral_sampling_tells_the_network_the_true_t_and_adds_no_noise_at_the_end():
-    seen = []
-
-    def model(z, t):
-        seen.append(t)
-        return torch.full_like(z, 0.25)
-    samples = ddpm.ancestral_sample(model, (5, 2), 4, target="x", schedule=SCHEDULES["cosine"], t_min=0.1, dtype=F64)
-    assert_close(torch.stack(seen), torch.tensor([0.9, 0.7, 0.5, 0.3], dtype=F64)[:, None].expand(4, 5))
-    assert_close(samples, torch.full_like(samples, 0.25), rtol=1e-12, atol=0)
-
-
-@every_schedule
-def test_ancestral_sampling_starts_with_the_variance_of_standardised_data(name):
-    """sqrt(alpha^2 + sigma^2), not sigma: for the exploding schedule they differ by 2e-4."""
-    seen, seed = [], lambda: torch.Generator().manual_seed(5)
-    ddpm.ancestral_sample(lambda z, t: seen.append(z) or z, (6, 2), 1, target="x", schedule=SCHEDULES[name],
-                          generator=seed(), dtype=F64)
-    alpha, sigma = alpha_sigma(name, torch.tensor([0.999], dtype=F64))
-    expected = (alpha**2 + sigma**2).sqrt() * torch.randn(6, 2, generator=seed(), dtype=F64)
-    assert_close(seen[0], expected, rtol=1e-7, atol=0)
-
-
-def test_ancestral_sampling_inverts_the_target_it_is_given():
-    """The same denoiser, spoken as x, eps, v, stabilised s and u, draws the same samples."""
-    from datasets2d import DATASETS
-    data, schedule, runs = DATASETS["clusters"], SCHEDULES["cosine"], {}
-    for target, d in ("x", 0), ("eps", 0), ("v", 0), ("s", 0.01), ("u", 0):
-        runs[target] = ddpm.ancestral_sample(data.optimal_model(target, schedule, d), (50, 2), 20, target=target,
-                                             schedule=schedule, generator=torch.Generator().manual_seed(3),
-                                             stabiliser=d, dtype=F64)
-        assert_close(runs[target], runs["x"], rtol=1e-5, atol=1e-6)
-
-
-def test_ancestral_sampling_repeats_with_its_seed_and_refuses_zero_steps():
-    sample = lambda seed, steps=3: ddpm.ancestral_sample(
-        gaussian_model(1.0, "cosine"), (4, 2), steps, target="x", schedule=SCHEDULES["cosine"],
-        generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
-    assert sample(1).shape == (4, 2) and sample(1).dtype == torch.float32
-    seen = []
-    model = lambda z, t: seen.append((z, t)) or torch.zeros_like(z)
-    samples = ddpm.ancestral_sample(model, (4, 2), 3, target="x", schedule=SCHEDULES["cosine"], dtype=F64)
-    assert samples.dtype == F64 and all(z.dtype == F64 and t.dtype == F64 for z, t in seen)
-    assert_close(seen[0][1], torch.full((4,), 0.999, dtype=F64))
-    scale = SCHEDULES["cosine"].alpha(seen[0][1][0])**2 + SCHEDULES["cosine"].sigma(seen[0][1][0])**2
-    assert (seen[0][0] / scale.sqrt() != (seen[0][0] / scale.sqrt()).float()).any()        # noise drawn in float64
-    with pytest.raises(ValueError, match="at least 1"):
-        sample(1, steps=0)
+def test_the_ends_of_log_snr():
+    low, high = SCHEDULES["cosine"].ends(1e-3)
+    assert abs(low + 12.912) < 1e-3 and abs(high - 12.912) < 1e-3
+    low, high = SCHEDULES["ve"].ends(0.25)
+    assert abs(high + 2 * math.log(0.01 * 5000**0.25)) < 1e-9 and abs(low + 2 * math.log(0.01 * 5000**0.75)) < 1e-9

@@ -16,6 +16,7 @@ import mlp
 import plots
 import run
 import sample
+import samplers
 import train
 import train_points
 from datasets2d import DATASETS
@@ -64,7 +65,7 @@ def test_sampling_is_the_checkpoints_own_model_schedule_and_target(tmp_path):
     draw(folder, "--steps", "3", "--num-samples", "10", "--seed", "7", "--out", str(tmp_path))
     model = mlp.MLP(width=8, schedule=ddpm.SCHEDULES["ve"])
     model.load_state_dict(run.load(folder)["model"])
-    expected = ddpm.ancestral_sample(model, (10, 2), 3, target="s", schedule=ddpm.SCHEDULES["ve"], t_min=0.02,
+    expected = samplers.sample(model, (10, 2), 3, target="s", schedule=ddpm.SCHEDULES["ve"], t_min=0.02,
                                      generator=run.generator("cpu", 7, "sample"), stabiliser=0.05)
     assert np.array_equal(np.load(tmp_path / "samples.npy"), expected.numpy())
 
@@ -80,7 +81,7 @@ def test_the_grid_of_steps_has_its_own_t_min(trained, tmp_path):
     for extra, t_min in ([], 1e-3), (["--t-min", "0.02"], 0.02):
         draw(tmp_path, "--steps", "3", "--num-samples", "20", *extra)
         assert json.loads((tmp_path / "metrics.json").read_text())["epochs_trained"] == 2
-        expected = ddpm.ancestral_sample(model, (20, 2), 3, target="v", schedule=ddpm.SCHEDULES["cosine"], t_min=t_min,
+        expected = samplers.sample(model, (20, 2), 3, target="v", schedule=ddpm.SCHEDULES["cosine"], t_min=t_min,
                                          generator=run.generator("cpu", 0, "sample"))
         assert np.allclose(np.load(tmp_path / "samples.npy"), expected.numpy(), atol=1e-6)
 

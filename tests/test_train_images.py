@@ -19,6 +19,7 @@ import metrics
 import reproduce
 import run
 import sample
+import samplers
 import train
 import train_images
 import unet
@@ -168,8 +169,8 @@ def test_evaluation_is_the_sum_typed_again(target, loss):
 
 
 def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeypatch):
-    seen, original = [], ddpm.ancestral_sample
-    monkeypatch.setattr(ddpm, "ancestral_sample",
+    seen, original = [], samplers.sample
+    monkeypatch.setattr(samplers, "sample",
                         lambda model, *args, **kw: seen.append((model.schedule, kw)) or original(model, *args, **kw))
     train.main(command(folder, tmp_path, "--epochs", "1", "--target", "s", "--schedule", "ve", "--t-min", "0.05", "--stabiliser",
                        "0.02", "--seed", "3", "--lr", "0", "--image-size", "6", "--preset", "thesis"))
@@ -407,8 +408,8 @@ def test_pictures_of_other_settings_are_kept(drawn):
 
 
 def test_clipping_is_optional(trained, tmp_path, monkeypatch):
-    clips, original = [], ddpm.ancestral_sample
-    monkeypatch.setattr(ddpm, "ancestral_sample", lambda *args, **kw: clips.append(kw["clip"]) or original(*args, **kw))
+    clips, original = [], samplers.sample
+    monkeypatch.setattr(samplers, "sample", lambda *args, **kw: clips.append(kw["clip"]) or original(*args, **kw))
     for flag in "--clip", "--no-clip":
         sample.main(["--ckpt", str(trained), "--steps", "1", "--num-samples", "2", "--device", "cpu", "--out", str(tmp_path / flag),
                      flag])

@@ -1,0 +1,295 @@
+r"""Likelihood: the variational bound in its three terms, and the exact log-likelihood of the probability flow ODE.
+
+Read `losses.py` and `samplers.py` first. Thesis 3.1.2, Eq. (3.6); VDM 3.6 - 3.10; Foundations 3.2; Song et al. 2021, D.2.
+
+    -log p(x) <= prior          KL of q(z_1 | x) from p(z_1), what sampling starts with
+               + reconstruction E[-log p(x | z_0)]
+               + diffusion      E[1/2 (SNR(s) - SNR(t)) |x_hat - x|^2] summed over T steps, or its limit, `losses.nelbo`
+
+z_0 and z_1 are the z at t_min and 1 - t_min. All are sums over dimensions, in nats, one number for each example. Pictures have 256
+grey levels, their likelihood is a probability; that of points is a density. The ODE turns data into noise one to one: the
+log-density of the noise, and the divergence on the way, give that of the data without a bound, as a density.
+
+Not here: the exact log-density of the 2D data, `datasets2d.log_prob`, with which everything is compared.
+
+    python likelihood.py                          # the newest run
+    python likelihood.py --ckpt runs/rings-* --steps 64            # the bound of 64 discrete steps
+    python likelihood.py --ckpt runs/fashion_mnist-v-mse-s0 --num 500
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from scipy.integrate import solve_ivp
+from torch.special import log_ndtr
+
+import images
+import losses
+import run
+import sample
+import samplers
+import train_images
+import train_points
+from datasets2d import DATASETS
+
+
+def nats(c):
+    """Sum over all dimensions but the first: (B, ...) -> (B,)."""
+    return c.flatten(1).sum(1)
+
+
+def prior(x, schedule, t_min=1e-3):
+    """KL of q(z_1 | x) = N(alpha x, sigma^2) from p(z_1) = N(0, alpha^2 + sigma^2), Eq. (3.6): x (B, ...) -> (B,) in nats.
+
+    With r^2 = alpha^2 + sigma^2 it is 1/2 (sigma^2 / r^2 + alpha^2 x^2 / r^2 - 1 - log(sigma^2 / r^2)), and alpha^2 / r^2 is
+    sigmoid(logsnr) for every schedule.
+    """
+    logsnr = torch.tensor(schedule.ends(t_min)[0]).to(x)
+    return nats(0.5 * (torch.sigmoid(logsnr) * (x**2 - 1) + torch.nn.functional.softplus(logsnr)))
+
+
+def gaussian(x, eps, logsnr):
+    """-log p(x | z_0) of points, p(x | z_0) = N(x; z_0 / alpha, sigma^2 / alpha^2): (B, ...) -> (B,) in nats.
+
+    At z_0 = alpha x + sigma eps it is 1/2 (eps^2 + log(2 pi) - logsnr) for each dimension; here its mean over eps.
+    """
+    return nats(0.5 * (1 + math.log(2 * math.pi) - logsnr) * torch.ones_like(x))
+
+
+def log_prob_level(x, mean, std):
+    """Log-probability that N(mean, std^2) falls on the grey level x, one of 256 in [-1, 1]; all broadcastable -> x's shape.
+
+    The bins are 2 / 255 wide, and those of black and white reach to infinity, so that the 256 probabilities sum to 1:
+    Foundations 3.2.4, Algorithm 2, with x itself in its tests (ERRATA.md, entry 9).
+    """
+    upper, lower = (x + 1 / 255 - mean) / std, (x - 1 / 255 - mean) / std
+    upper, lower = torch.where(x > 0.999, math.inf, upper), torch.where(x < -0.999, -math.inf, lower)
+    right = lower > 0                           # Phi(upper) - Phi(lower) cancels there: mirror it
+    upper, lower = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
+    return log_ndtr(upper) + torch.log1p(-torch.exp(log_ndtr(lower) - log_ndtr(upper)))
+
+
+def discretised(x, eps, logsnr):
+    """-log p(x | z_0) of pictures, N(z_0 / alpha, sigma^2 / alpha^2) on the 256 levels: (B, ...) -> (B,) in nats."""
+    std = math.exp(-0.5 * logsnr)
+    return -nats(log_prob_level(x, x + std * eps, std))
+
+
+def draw_t(shape, schedule, t_min=1e-3, uniform="logsnr", generator=None, dtype=torch.float32):
+    """Draw t with log-SNR, or t itself, uniform between t_min and 1 - t_min -> t, its density p(t), both of `shape`.
+
+    The diffusion term is the mean of its integrand divided by p(t). With log-SNR uniform that is the squared error of
+    eps_hat times a constant: the weight -1/2 dlogsnr/dt is gone, and with it most of the variance (VDM 4.6, Eq. 4.123).
+    Stratified over the last axis, see `losses.sample_t`.
+    """
+    if uniform == "t":
+        t = losses.sample_t(shape, t_min, generator, dtype)
+        return t, torch.full_like(t, 1 / (1 - 2 * t_min))
+    low, high = schedule.ends(t_min)
+    t = schedule.t(low + (high - low) * losses.sample_t(shape, 0.0, generator, dtype))
+    return t, -schedule.dlogsnr(t) / (high - low)
+
+
+@torch.no_grad()
+def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, uniform="logsnr", draws=16, t_min=1e-3,
+          stabiliser=0.0, generator=None):
+    """The bound on -log p(x) for each example, Eq. (3.6), VDM 3.60: x (B, ...) -> dict of (B,) in nats.
+
+    "prior", "reconstruction" and "diffusion" sum to the bound; "error" is the standard error of the last over its draws of t
+    and noise. steps: T of the discrete bound, Eq. (3.18); None is continuous time, Eq. (3.20), with t from `draw_t`.
+    """
+    objective, dimensions = dict(target=target, schedule=schedule, stabiliser=stabiliser), x[0].numel()
+    if steps is None:
+        t, density = draw_t((draws, len(x)), schedule, t_min, uniform, generator, x.dtype)
+    else:
+        u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype)
+        i = (u * steps).long().clamp(max=steps - 1) + 1
+    noise = lambda: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    diffusion, decoded = [], []
+    for k in range(draws):
+        eps = noise()
+        if steps is None:
+            diffusion.append(dimensions * losses.loss(model, x, t[k], eps, loss="nelbo", **objective) / density[k])
+        else:
+            diffusion.append(dimensions * losses.discrete_loss(model, x, i[k], eps, steps=steps, t_min=t_min, **objective))
+        decoded.append(reconstruction(x, noise(), schedule.ends(t_min)[1]))
+    diffusion = torch.stack(diffusion)
+    return {"prior": prior(x, schedule, t_min), "reconstruction": torch.stack(decoded).mean(0), "diffusion": diffusion.mean(0),
+            "error": diffusion.std(0) / draws**0.5}
+
+
+def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, probes=None, t_min=1e-3, stabiliser=0.0,
+                   generator=None):
+    r"""Exact log-density of data under the probability flow ODE (Song et al. 2021, Eq. 39): x (B, ...) -> (B,) in nats.
+
+    log p(x) = log N(z_1; 0, alpha^2 + sigma^2) + integral of the divergence of dz/dt over t, from z_0 = alpha x at t_min to
+    z_1 at 1 - t_min, + D log alpha of t_min, as z_0 is alpha times x. Returns it and the number of evaluations of the network.
+    steps: of the classical Runge-Kutta method, equal in log-SNR because what networks get wrong near the ends is multiplied by
+    dlogsnr/dt, four evaluations each; tolerance: adaptive ones instead, scipy's RK45, relative and absolute. probes: None is the exact divergence, one backward pass for each dimension; a number
+    is Hutchinson's unbiased estimate with so many random signs, the same at every t.
+    """
+    denoise, dimensions, evaluations = samplers.denoiser(model, target, schedule, stabiliser), x[0].numel(), 0
+    like = dict(device=x.device, dtype=x.dtype)
+    probe = torch.eye(dimensions, **like).reshape(dimensions, 1, *x.shape[1:])
+    if probes:
+        probe = 2.0 * torch.randint(0, 2, (probes, *x.shape), generator=generator, device=x.device).to(x) - 1
+
+    def slope(t, state):
+        """d/dt of (z, integral of the divergence): (B, D + 1) -> (B, D + 1)."""
+        nonlocal evaluations
+        evaluations += 1
+        z, t = state[:, :-1].reshape(x.shape).detach().requires_grad_(), torch.tensor(t, **like)
+        with torch.enable_grad():
+            dz_dt = samplers.flow(z, denoise(z, t)[1], t, schedule)
+            products = [e * torch.autograd.grad(dz_dt, z, e.expand(z.shape), retain_graph=True)[0] for e in probe]
+        divergence = torch.stack([nats(product) for product in products]).sum(0) / (probes or 1)
+        return torch.cat([dz_dt.detach().flatten(1), divergence[:, None]], 1)
+
+    start, end = torch.tensor([t_min, 1 - t_min], **like)
+    state = torch.cat([schedule.alpha(start) * x.flatten(1), x.new_zeros(len(x), 1)], 1)
+    if tolerance:
+        numbers = lambda state: state.double().cpu().numpy().ravel()
+        tensor = lambda numbers: torch.from_numpy(numbers).reshape(len(x), -1).to(**like)
+        solution = solve_ivp(lambda t, state: numbers(slope(t, tensor(state))), (t_min, 1 - t_min), numbers(state),
+                             rtol=tolerance, atol=tolerance, t_eval=[1 - t_min])
+        if not solution.success:
+            raise ValueError(f"the flow of this network cannot be integrated to {tolerance:g}: {solution.message}")
+        state = tensor(solution.y)
+    else:
+        times = samplers.uniform_logsnr(steps + 1, schedule, t_min, dtype=torch.float64).tolist()[::-1]
+        for t, later in zip(times, times[1:]):
+            h = later - t
+            a = slope(t, state)
+            b = slope(t + h / 2, state + h / 2 * a)
+            c = slope(t + h / 2, state + h / 2 * b)
+            d = slope(later, state + h * c)
+            state = state + h / 6 * (a + 2 * b + 2 * c + d)
+    var = schedule.alpha(end)**2 + schedule.sigma(end)**2
+    log_p = -0.5 * (state[:, :-1]**2 / var + torch.log(2 * math.pi * var)).sum(1)
+    return log_p + state[:, -1] + dimensions * schedule.alpha(start).log(), evaluations
+
+
+def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=None, ode_steps=64, tolerance=None, probes=None,
+             t_min=1e-3, batch_size=5000, generator=None, progress=lambda done: None):
+    """All terms of data x for the network of a run -> dict of (n,) in nats; those of the ODE for the first num_ode (all).
+
+    x: points (n, 2), or pictures as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE. Pictures have a
+    density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255), the bins' width:
+    on average it is not below -log P(x) (Theis et al. 2016).
+    """
+    pictures, objective = x.ndim > 2, losses.objective(config)
+    shared = {key: objective[key] for key in ("target", "schedule", "stabiliser")} | dict(t_min=t_min, generator=generator)
+    parts, num_ode = [], len(x) if num_ode is None else num_ode
+    for i, rows in zip(range(0, len(x), batch_size), x.split(batch_size)):
+        part = bound(model, rows, steps=steps, uniform=uniform, draws=draws, **shared,
+                     reconstruction=discretised if pictures else gaussian)
+        rows = rows[:max(0, num_ode - i)]
+        if len(rows):
+            if pictures:
+                rows = rows + (2 * torch.rand(rows.shape, generator=generator, device=x.device) - 1) / 255
+            log_p, part["evaluations"] = log_likelihood(model, rows, steps=ode_steps, tolerance=tolerance, probes=probes, **shared)
+            part["exact"] = -log_p - (rows[0].numel() * math.log(2 / 255) if pictures else 0)
+        parts.append(part)
+        progress(min(i + batch_size, len(x)))
+    evaluations = max(part.pop("evaluations", 0) for part in parts)
+    terms = {key: torch.cat([part[key] for part in parts if key in part]).cpu() for key in parts[0]}
+    return terms | {"bound": terms["prior"] + terms["reconstruction"] + terms["diffusion"]}, evaluations
+
+
+def mean_and_error(c):
+    """Mean over examples and its standard error: (n,) -> two numbers."""
+    return c.double().mean().item(), c.double().std().item() / len(c)**0.5
+
+
+def load(config, args, device):
+    """The data that a run is judged on: points (n, 2) in float64, which nothing overflows, or float levels (n, C, H, W)."""
+    if config["data"] in DATASETS:
+        x = train_points.test_set(config["data"])[:args.num or 10_000]
+        return x.to(device) if device.type == "mps" else x.to(device, torch.float64)
+    x = images.load(config["data"], "test", args.data_dir, config["image_size"], config["skip_corrupt"])
+    order = torch.randperm(len(x), generator=run.generator("cpu", "likelihood"))       # of those in classes not the first alone
+    return images.to_float(x[order[:args.num or 500]]).to(device)
+
+
+def report(folder, config, terms, evaluations, seconds, args, device):
+    """Print the terms and write them to likelihood.json."""
+    n, dimensions = len(terms["bound"]), math.prod(config.get("shape", [2]))
+    result = dict(run=str(folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions, draws=args.draws, steps=args.steps,
+                  uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance, evaluations=evaluations,
+                  t_min=args.t_min, seed=args.seed, device=str(device), seconds=seconds)
+    print(f"{folder}: {n:,} {'points' if dimensions == 2 else 'pictures'} of {config['data']}, {seconds:.1f} s on {device}\n"
+          f"{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
+
+    def line(name, values, note=""):
+        mean, error = result[name] = mean_and_error(values)
+        bits = 1 / (dimensions * math.log(2))
+        print(f"{name:20s} {mean:10.4f} {error:9.4f} {bits * mean:10.4f} {bits * error:9.4f}   {note}")
+    line("prior", terms["prior"])
+    line("reconstruction", terms["reconstruction"])
+    line("diffusion", terms["diffusion"], f"of the error {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
+    line("bound", terms["bound"], "the sum" if args.steps is None else f"the sum, T = {args.steps}")
+    if "exact" in terms:
+        line("exact", terms["exact"], f"probability flow ODE, {evaluations} evaluations, {result['n_exact']:,} of them")
+    if config["data"] in DATASETS:
+        entropy = -DATASETS[config["data"]].log_prob(train_points.test_set(config["data"]).double())
+        line("entropy", entropy, f"of the data, {len(entropy):,} points")
+        for name in "bound", "exact":
+            if name in terms:
+                gap = terms[name] - entropy[:len(terms[name])]
+                line(f"{name} - entropy", gap, f"of the same points; median {gap.median().item():.4f}")
+    return result
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python likelihood.py [options], see --help")
+    parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
+    parser.add_argument("--num", type=run.number(int, 2), help="test examples (points: 10000, pictures: 500)")
+    parser.add_argument("--t-min", type=run.number(float, 1e-6, 0.49), default=1e-3, help="where z_0 and z_1 are (0.001)")
+    parser.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of t and noise (0)")
+    parser.add_argument("--batch-size", type=run.number(int, 1), help="examples at once (points: 5000, pictures: 50)")
+    parser.add_argument("--data-dir", default="data", help="where the named sets of pictures are, or are downloaded to (data)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
+    group = parser.add_argument_group("bound")
+    group.add_argument("--draws", type=run.number(int, 2), help="of t and noise for each example (points: 100, pictures: 16)")
+    group.add_argument("--steps", type=run.number(int, 1), help="T of the discrete bound (continuous time)")
+    group.add_argument("--uniform", choices=["logsnr", "t"], default="logsnr", help="what is drawn uniformly in continuous time (logsnr)")
+    group = parser.add_argument_group("probability flow ODE")
+    group.add_argument("--num-ode", type=run.number(int, 0), help="examples, 0 is none (points: all, pictures: 16)")
+    group.add_argument("--ode-steps", type=run.number(int, 1), default=64, help="of 4 evaluations each (64)")
+    group.add_argument("--tolerance", type=run.number(float, 1e-12, 1), help="adaptive steps instead")
+    group.add_argument("--probes", type=run.number(int, 1), help="of Hutchinson's divergence (points: exact, pictures: 1)")
+    args = parser.parse_args(argv)
+    device = run.device(args.device)
+    for folder, state in [sample.load(Path(ckpt)) for ckpt in args.ckpt or [run.newest()]]:
+        config, pictures = state["config"], sample.is_pictures(state)
+        args.draws = args.draws or (16 if pictures else 100)
+        x, start = load(config, args, device), time.perf_counter()
+        if pictures:
+            model = train_images.build_model(config).to(device)
+            model.load_state_dict(state["ema"])
+        else:
+            model = sample.build_model([state], device).to(x.dtype)
+        model.requires_grad_(False)
+
+        def progress(done):
+            seconds = time.perf_counter() - start
+            print(f"{done:,} of {len(x):,} examples, {seconds / done * (len(x) - done):.0f} s left", flush=True)
+        try:
+            with run.enough_memory("a smaller --batch-size"):
+                terms, evaluations = evaluate(
+                    model, x, config, args.draws, args.steps, args.uniform, (16 if pictures else None) if args.num_ode is None else
+                    args.num_ode, args.ode_steps, args.tolerance, args.probes or (1 if pictures else None), args.t_min,
+                    args.batch_size or (50 if pictures else 5000), run.generator(device, args.seed, "likelihood"), progress)
+        except ValueError as error:
+            raise SystemExit(f"{folder}: {error} - leave --tolerance out, or make it larger") from None
+        result = report(folder, config, terms, evaluations, time.perf_counter() - start, args, device)
+        run.write(folder / "likelihood.json", json.dumps(result, indent=2).encode())
+        print(f"wrote {folder / 'likelihood.json'}")
+
+
+if __name__ == "__main__":
+    run.script(main, "nothing was written")

@@ -1,0 +1,164 @@
+r"""Samplers: from noise to data in so many evaluations of the network (VDM 3.7.1; slides on SDE and probability flow ODE).
+
+Read `ddpm.py` and `targets.py` first. A sampler sees a network as a denoiser, (z, t) -> x_hat, eps_hat, so that it is written once
+for every target and schedule. It goes through a decreasing grid of times, and its last step is the same for all: to t = 0,
+where alpha = 1 and sigma = 0, without noise, that is to the x_hat of the last time.
+
+    ancestral  p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), the thesis's
+    ddim       x_hat and eps_hat put together again at the next time, plus eta times the noise of `ancestral`
+    sde        Euler-Maruyama on the reverse SDE        dz = (f z - g^2 score) dt + g dw
+    euler      Euler on the probability flow ODE        dz = (f z - g^2 score / 2) dt
+    heun       Heun on it, second order, two evaluations a step
+    dpmpp      DPM-Solver++(2M): x_hat extrapolated linearly in log-SNR, everything else in that ODE solved exactly
+
+Not here: guidance; the likelihood that goes with the ODE (`likelihood.py`).
+
+    python samplers.py    # each sampler with the exact denoiser of the clusters, 4 to 64 evaluations
+"""
+import math
+
+import torch
+
+import ddpm
+import targets
+
+
+def ancestral(denoise, z, times, schedule, noise):
+    """Ho et al. 2020, Alg. 2; VDM 3.103."""
+    for t, s in zip(times, times[1:]):
+        x_hat, _ = denoise(z, t)
+        mean, var = ddpm.posterior(z, x_hat, s, t, schedule)
+        z = mean + var.sqrt() * noise()
+    return denoise(z, times[-1])[0]
+
+
+def ddim(denoise, z, times, schedule, noise, eta=0.0):
+    """Song, Meng and Ermon 2021, Eq. (12). eta = 0 adds no noise, eta = 1 is `ancestral`."""
+    for t, s in zip(times, times[1:]):
+        x_hat, eps_hat = denoise(z, t)
+        var = eta**2 * schedule.sigma(s)**2 * ddpm.one_minus_snr_ratio(s, t, schedule)         # Eq. (3.10)
+        z = schedule.alpha(s) * x_hat + (schedule.sigma(s)**2 - var).sqrt() * eps_hat
+        if eta:
+            z = z + var.sqrt() * noise()
+    return denoise(z, times[-1])[0]
+
+
+def sde(denoise, z, times, schedule, noise):
+    """Euler-Maruyama on the reverse SDE (Anderson 1982; Song et al. 2021, Eq. 6), score = -eps_hat / sigma."""
+    for t, s in zip(times, times[1:]):
+        _, eps_hat = denoise(z, t)
+        g_sq = schedule.diffusion_sq(t)
+        dz_dt = schedule.drift(t) * z + g_sq / schedule.sigma(t) * eps_hat
+        z = z + dz_dt * (s - t) + (g_sq * (t - s)).sqrt() * noise()
+    return denoise(z, times[-1])[0]
+
+
+def flow(z, eps_hat, t, schedule):
+    """dz/dt of the probability flow ODE, f z - g^2 score / 2 (Song et al. 2021, Eq. 13). (B, ...), t () -> (B, ...)."""
+    return schedule.drift(t) * z + 0.5 * schedule.diffusion_sq(t) / schedule.sigma(t) * eps_hat
+
+
+def euler(denoise, z, times, schedule, noise):
+    """Euler's method on the probability flow ODE, in t."""
+    for t, s in zip(times, times[1:]):
+        z = z + flow(z, denoise(z, t)[1], t, schedule) * (s - t)
+    return denoise(z, times[-1])[0]
+
+
+def heun(denoise, z, times, schedule, noise):
+    """Heun's method on the probability flow ODE, in t: the mean of the slopes at both ends (Karras et al. 2022, Alg. 1)."""
+    for t, s in zip(times, times[1:]):
+        slope = flow(z, denoise(z, t)[1], t, schedule)
+        ahead = z + slope * (s - t)
+        z = z + (slope + flow(ahead, denoise(ahead, s)[1], s, schedule)) / 2 * (s - t)
+    return denoise(z, times[-1])[0]
+
+
+def dpmpp(denoise, z, times, schedule, noise):
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2). Their lambda = log(alpha / sigma) is half of logsnr."""
+    previous = None
+    for t, s in zip(times, times[1:]):
+        x_hat, _ = denoise(z, t)
+        h, ahead = (schedule.logsnr(s) - schedule.logsnr(t)) / 2, x_hat
+        if previous:
+            x_before, h_before = previous
+            ahead = x_hat + h / (2 * h_before) * (x_hat - x_before)                            # r = h_before / h
+        z = schedule.sigma(s) / schedule.sigma(t) * z - schedule.alpha(s) * torch.expm1(-h) * ahead
+        previous = x_hat, h
+    return denoise(z, times[-1])[0]
+
+
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde, "euler": euler, "heun": heun, "dpmpp": dpmpp}
+EVALUATIONS = {"heun": 2}                          # of the network in every step but the last, else 1
+
+
+def uniform_t(n, schedule, t_min, **like):
+    """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min]; i = n, ..., 1."""
+    return t_min + (1 - 2 * t_min) * torch.arange(n, 0, -1, **like) / n
+
+
+def uniform_logsnr(n, schedule, t_min, **like):
+    """Equal steps of log-SNR from that of 1 - t_min to that of t_min."""
+    return schedule.t(torch.linspace(*schedule.ends(t_min), n, **like))
+
+
+def karras(n, schedule, t_min, rho=7, **like):
+    """Equal steps of (sigma / alpha)^(1 / rho), from that of 1 - t_min to that of t_min (Karras et al. 2022, Eq. 5)."""
+    first, last = (math.exp(-0.5 * logsnr / rho) for logsnr in schedule.ends(t_min))
+    return schedule.t(-2 * rho * torch.linspace(first, last, n, **like).log())
+
+
+GRIDS = {"t": uniform_t, "logsnr": uniform_logsnr, "karras": karras}
+
+
+def denoiser(model, target, schedule, stabiliser=0.0, clip=math.inf):
+    """The network as (z, t) -> x_hat, eps_hat, all (B, ...), t (): what the samplers see.
+
+    eps_hat goes with z and x_hat, also where that is clipped. target: for a stack a list of names, one for each equal part.
+    """
+    names = [target] if isinstance(target, str) else target
+
+    def denoise(z, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        predictions = model(z, t.expand(len(z))).chunk(len(names))
+        x_hat = torch.cat([targets.to_x(name, y, z, alpha, sigma, stabiliser)
+                           for name, y, z in zip(names, predictions, z.chunk(len(names)))]).clamp(-clip, clip)
+        return x_hat, (z - alpha * x_hat) / sigma
+    return denoise
+
+
+@torch.no_grad()
+def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="t", t_min=1e-3, generator=None,
+           stabiliser=0.0, clip=math.inf, dtype=torch.float32, **options):
+    r"""Draw samples in `steps` network evaluations (`heun`: of an even number one less) -> (B, ...) of `shape`.
+
+    model(z, t) -> prediction of `target`, with z (B, ...) and the true time t (B,), however few the steps. The first z has the
+    variance that standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's device.
+    clip: every x_hat is kept in [-clip, clip], the range of pictures (Ho et al. 2020). options: eta of `ddim`.
+    For a stack of M models `target` is a list of M names: all get the same draws, and it returns (M * B, ...).
+    Raises ValueError if steps < 1, and for an unknown sampler or grid.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    for kind, name, table in ("sampler", sampler, SAMPLERS), ("grid", grid, GRIDS):
+        if name not in table:
+            raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(table)}")
+    device = generator.device if generator is not None else "cpu"
+    evaluations = EVALUATIONS.get(sampler, 1)
+    times = GRIDS[grid]((steps + evaluations - 1) // evaluations, schedule, t_min, dtype=dtype, device=device)
+    members = 1 if isinstance(target, str) else len(target)
+    noise = lambda: torch.cat([torch.randn(shape, generator=generator, device=device, dtype=dtype)] * members)
+    z = (schedule.alpha(times[0])**2 + schedule.sigma(times[0])**2).sqrt() * noise()
+    return SAMPLERS[sampler](denoiser(model, target, schedule, stabiliser, clip), z, times, schedule, noise, **options)
+
+
+if __name__ == "__main__":
+    import metrics
+    from datasets2d import DATASETS
+    data, schedule, numbers = DATASETS["clusters"], ddpm.SCHEDULES["cosine"], [4, 8, 16, 32, 64]
+    real, model = data.sample(50_000), data.optimal_model("v", schedule)
+    print(f"covariance distance to the clusters, 10,000 samples\n{'evaluations':18s}" + " ".join(f"{n:6d}" for n in numbers))
+    for grid in GRIDS:
+        for name in SAMPLERS:
+            draw = lambda n: sample(model, (10_000, 2), n, target="v", schedule=schedule, sampler=name, grid=grid)
+            print(f"{name:10s} {grid:7s}" + " ".join(f"{metrics.covariance_distance(draw(n), real):6.3f}" for n in numbers))

@@ -1,0 +1,395 @@
+"""The bound and the ODE against closed forms, quadrature, scipy and the exact density of the data."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import distributions
+from torch.testing import assert_close
+
+import ddpm
+import images
+import likelihood
+import losses
+import run
+import sample
+import train
+import train_points
+import unet
+from datasets2d import DATASETS, GaussianMixture, rings, standardised, swiss_roll, waves
+from ddpm import SCHEDULES
+from test_ddpm import alpha_sigma, every_schedule
+
+F64 = torch.float64
+COSINE = SCHEDULES["cosine"]
+COARSE = {"clusters": DATASETS["clusters"], "rings": standardised(*rings(100)), "swiss_roll": standardised(*swiss_roll(150)),
+          "waves": standardised(*waves(100))}                              # fewer centres: faster
+seed = lambda n: torch.Generator().manual_seed(n)
+at = lambda name, t: alpha_sigma(name, torch.tensor([t], dtype=F64))
+
+
+@every_schedule
+@pytest.mark.parametrize("t_min", [1e-3, 0.3])
+def test_the_prior_term_is_the_kl_of_two_gaussians(name, t_min):
+    x = 2 * torch.randn(5, 3, dtype=F64)
+    alpha, sigma = at(name, 1 - t_min)
+    q, p = distributions.Normal(alpha * x, sigma), distributions.Normal(0, (alpha**2 + sigma**2).sqrt())
+    assert_close(likelihood.prior(x, SCHEDULES[name], t_min), distributions.kl_divergence(q, p).sum(1), rtol=1e-6, atol=1e-12)
+    assert_close(likelihood.prior(x.float(), SCHEDULES[name], t_min).double(), likelihood.prior(x, SCHEDULES[name], t_min),
+                 rtol=1e-5, atol=1e-7)
+    assert likelihood.prior(torch.zeros(4, 1, 5, 5), SCHEDULES[name]).shape == (4,)
+
+
+@every_schedule
+def test_the_reconstruction_of_points_is_a_gaussian_around_z_0_over_alpha(name):
+    x, (alpha, sigma) = torch.randn(5, 3, dtype=F64), at(name, 0.02)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(5)                 # exact for the quadratic
+    terms = 0
+    for eps, weight in zip(nodes, weights / weights.sum()):
+        z = alpha * x + sigma * eps
+        terms = terms - weight * distributions.Normal(z / alpha, sigma / alpha).log_prob(x).sum(1)
+    found = likelihood.gaussian(x, None, SCHEDULES[name].ends(0.02)[1])
+    assert_close(found, terms, rtol=1e-8, atol=0)
+
+
+LEVELS = torch.linspace(-1, 1, 256, dtype=F64)
+
+
+@pytest.mark.parametrize("std", [1e-4, 1.6e-3, 0.02, 0.5, 3.0])
+@pytest.mark.parametrize("mean", [-1.7, -1.0, -0.9991, -0.3, 0.0021, 0.7, 1.0, 1.2])
+def test_the_256_probabilities_sum_to_1(mean, std):
+    log_p = likelihood.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
+    assert abs(log_p.exp().sum() - 1) < 1e-12 and log_p.isfinite().all()
+    assert_close(likelihood.log_prob_level(LEVELS.float(), torch.tensor(mean), 0.5).double(),
+                 likelihood.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), 0.5), rtol=1e-3, atol=1e-3)
+
+
+def test_the_probability_of_a_level_is_that_of_its_bin():
+    """scipy's distribution function, differences of the tail that does not cancel; black and white reach to infinity."""
+    for mean, std in (0.1, 0.002), (-0.4, 0.05), (1.1, 0.3):
+        middle, half = LEVELS[1:-1].numpy(), 1 / 255
+        lower, upper = (middle - half - mean) / std, (middle + half - mean) / std
+        p = np.where(lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper), stats.norm.cdf(upper) - stats.norm.cdf(lower))
+        kept = p > 1e-290
+        found = likelihood.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
+        assert_close(found[1:-1][kept], torch.from_numpy(np.log(p[kept])), rtol=1e-9, atol=1e-9)
+        assert_close(found[0].item(), stats.norm.logcdf((-1 + half - mean) / std), rtol=1e-9, atol=0)
+        assert_close(found[-1].item(), stats.norm.logsf((1 - half - mean) / std), rtol=1e-9, atol=1e-12)
+
+
+@every_schedule
+def test_the_reconstruction_of_pictures_sees_z_0(name):
+    x, eps = LEVELS[torch.randint(256, (3, 1, 4, 4), generator=seed(0))], torch.randn(3, 1, 4, 4, generator=seed(1), dtype=F64)
+    alpha, sigma = at(name, 0.001)
+    z = alpha * x + sigma * eps
+    expected = -likelihood.log_prob_level(x, z / alpha, sigma / alpha).sum((1, 2, 3))
+    assert_close(likelihood.discretised(x, eps, SCHEDULES[name].ends(0.001)[1]), expected, rtol=1e-6, atol=1e-9)
+
+
+@every_schedule
+@pytest.mark.parametrize("uniform", ["logsnr", "t"])
+def test_t_is_drawn_uniformly_in_what_was_asked_and_its_density_is_right(name, uniform):
+    schedule, n = SCHEDULES[name], 20_000
+    t, density = likelihood.draw_t((3, n), schedule, 0.01, uniform, seed(0), F64)
+    assert t.shape == density.shape == (3, n) and 0.01 <= t.min() and t.max() <= 0.99
+    alpha, sigma = alpha_sigma("ve", t) if name == "ve" else (schedule.alpha(t), schedule.sigma(t))
+    value = (alpha / sigma).log() if uniform == "logsnr" else t
+    ends = (schedule.alpha(c) / schedule.sigma(c) for c in torch.tensor([0.99, 0.01], dtype=F64))
+    low, high = (c.log().item() for c in ends) if uniform == "logsnr" else (0.01, 0.99)
+    assert_close(((value - low) / (high - low)).sort(1).values, ((torch.arange(n) + 0.5) / n).double().expand(3, n), rtol=0, atol=1.01 / n)
+    for power in 0, 2, 5:                                                  # the mean of f(t) / p(t) is the integral of f
+        expected = (0.99**(power + 1) - 0.01**(power + 1)) / (power + 1)
+        assert abs((t**power / density).mean() - expected) < 1e-3
+    assert likelihood.draw_t((4,), schedule, uniform=uniform)[0].dtype == torch.float32
+
+
+def exact_bound(data, x, name="cosine", t_min=1e-3, **options):
+    objective = dict(target="eps", schedule=SCHEDULES[name], t_min=t_min, **options)
+    return likelihood.bound(data.optimal_model("eps", SCHEDULES[name]), x, **objective)
+
+
+def level(data, x, name="cosine", t_min=1e-3):
+    """What the bound with the exact denoiser is on average in continuous time, by the density alone, for each x.
+
+    The entropy of z_0, as q(z_0 | x) / p(x | z_0) is alpha^D, and the KL of q(z_1) from p(z_1): the truncation at both ends.
+    """
+    g, terms = seed(9), 0
+    for _ in range(20):
+        alpha, sigma = at(name, t_min)
+        z = alpha * x + sigma * torch.randn(x.shape, generator=g, dtype=F64)
+        terms = terms - data.log_prob(z, alpha, sigma) - 2 * alpha.log()
+        alpha, sigma = at(name, 1 - t_min)
+        z = alpha * x + sigma * torch.randn(x.shape, generator=g, dtype=F64)
+        terms = terms + data.log_prob(z, alpha, sigma) - distributions.Normal(0, (alpha**2 + sigma**2).sqrt()).log_prob(z).sum(1)
+    return terms / 20
+
+
+@pytest.mark.parametrize("data", COARSE)
+def test_the_bound_with_the_exact_denoiser_is_the_entropy(data):
+    """Within its Monte Carlo error, plus the truncation at t_min, which is at most 0.002 nats here."""
+    mixture = COARSE[data]
+    x = mixture.sample(4000, seed(0), F64)
+    terms = exact_bound(mixture, x, draws=48, generator=seed(1))
+    total = terms["prior"] + terms["reconstruction"] + terms["diffusion"]
+    gap, truncation = total - level(mixture, x), level(mixture, x) + mixture.log_prob(x)
+    assert abs(gap.mean()) < 3.5 * gap.std() / 4000**0.5 < 0.2
+    assert abs(truncation.mean()) < 0.002
+    assert terms["prior"].mean() < 1e-5 and abs(terms["error"].square().mean().sqrt() / gap.std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("name, data, t_min", [("cosine", "clusters", 0.05), ("linear", "waves", 0.02), ("ve", "rings", 0.2)])
+def test_the_bound_on_other_schedules_and_with_a_truncation_that_counts(name, data, t_min):
+    mixture = COARSE[data]
+    x = mixture.sample(4000, seed(0), F64)
+    known = level(mixture, x, name, t_min)
+    assert (known + mixture.log_prob(x)).mean() > 0.02                     # the truncation
+    for uniform in "logsnr", "t":
+        terms = exact_bound(mixture, x, name, t_min, draws=32, uniform=uniform, generator=seed(1))
+        gap = terms["prior"] + terms["reconstruction"] + terms["diffusion"] - known
+        assert abs(gap.mean()) < 3.5 * gap.std() / 4000**0.5 < 0.15
+
+
+def test_the_discrete_bound_falls_to_the_continuous_one_as_T_doubles():
+    """VDM 3.111. The gap is as 1 / T for large T, and larger the smaller t_min."""
+    data = COARSE["clusters"]
+    x = data.sample(2000, seed(0), F64)
+    for t_min, last in (1e-3, 5), (0.05, 0.1):
+        continuous = level(data, x, t_min=t_min).mean()
+        gaps = []
+        for T in 16, 32, 64, 128, 256, 512, 1024, 2048:
+            terms = exact_bound(data, x, t_min=t_min, steps=T, draws=max(100, T // 4), generator=seed(1))
+            gaps.append((terms["prior"] + terms["reconstruction"] + terms["diffusion"]).mean() - continuous)
+        assert all(b < 0.75 * a for a, b in zip(gaps[:5], gaps[1:5])) and all(b < a for a, b in zip(gaps, gaps[1:]))
+        assert 0 < gaps[-1] < last
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_the_discrete_bound_of_a_wrong_model_is_the_sum_of_its_kl_terms(T):
+    """Eq. (3.15) - (3.18), KL of posteriors with x and with x_hat = 0.5 z, on t_i = t_min + (1 - 2 t_min) i / T."""
+    x, t_min = torch.tensor([[0.7, -1.2]], dtype=F64), 0.05
+    expected, nodes = 0, np.polynomial.hermite_e.hermegauss(9)
+    for i in range(1, T + 1):
+        s, t = (torch.tensor([t_min + (1 - 2 * t_min) * k / T], dtype=F64) for k in (i - 1, i))
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma("cosine", s), alpha_sigma("cosine", t)
+        covariance = alpha_t / alpha_s * sigma_s**2
+        var = sigma_s**2 - covariance**2 / sigma_t**2
+        for eps, weight in zip(nodes[0], nodes[1] / nodes[1].sum()):       # both dimensions alike: the KL is a sum over them
+            z = alpha_t * x + sigma_t * eps
+            mean = [alpha_s * c + covariance / sigma_t**2 * (z - alpha_t * c) for c in (x, 0.5 * z)]
+            expected = expected + weight * distributions.kl_divergence(*(distributions.Normal(m, var.sqrt()) for m in mean)).sum()
+    found = likelihood.bound(lambda z, t: 0.5 * z, x.expand(50_000, 2), target="x", schedule=COSINE, steps=T, draws=4, t_min=t_min,
+                             generator=seed(0))["diffusion"]
+    assert abs(found.mean() - expected) < 4 * found.std() / 50_000**0.5
+
+
+def test_the_terms_of_pictures_and_the_error():
+    """Sums over all pixels, a mean over the draws, and the standard error of the draws."""
+    x = LEVELS[torch.randint(256, (3, 2, 4, 4), generator=seed(0))]
+    found = likelihood.bound(lambda z, t: 0 * z, x, target="eps", schedule=COSINE, reconstruction=likelihood.discretised, draws=4000,
+                             generator=seed(1))
+    low, high = COSINE.ends(1e-3)
+    assert_close(found["diffusion"], torch.full((3,), 32 * 0.5 * (high - low), dtype=F64), rtol=0.02, atol=0)
+    spread = 0.5 * (high - low) * 64**0.5                                  # of the sum of 32 squared normals
+    assert_close(found["error"], torch.full((3,), spread / 4000**0.5, dtype=F64), rtol=0.06, atol=0)
+    std, inner = math.exp(-high / 2), (x.abs() < 1)
+    assert inner.all()
+    e, h = np.linspace(-8, 0, 4001), 1 / 255 / std                         # E over eps of -log(Phi(h - eps) - Phi(-h - eps)), even in eps
+    pixel = -2 * (stats.norm.pdf(e) * np.log(stats.norm.cdf(h + e) - stats.norm.cdf(-h + e))).sum() * 0.002
+    assert_close(found["reconstruction"], torch.full((3,), 32 * pixel, dtype=F64), rtol=0.03, atol=0)
+    assert set(found) == {"prior", "reconstruction", "diffusion", "error"}
+
+
+def test_uniform_log_snr_has_the_smaller_variance():
+    data = DATASETS["clusters"]
+    x = data.sample(2000, seed(0), F64)
+    errors = {uniform: exact_bound(data, x, uniform=uniform, draws=64, generator=seed(1))["error"].square().mean()
+              for uniform in ("logsnr", "t")}
+    assert errors["t"] > 10 * errors["logsnr"]
+
+
+# The exact log-likelihood
+
+@every_schedule
+@pytest.mark.parametrize("target", ["x", "eps", "v", "s", "u"])
+def test_the_log_likelihood_of_gaussian_data(name, target):
+    """N(0, diag(0.3, 1.2)^2) diffused to t_min, times alpha there: the density of x is that of z_0 / alpha."""
+    t_min, schedule, std = 0.02, SCHEDULES[name], torch.tensor([0.3, 1.2], dtype=F64)
+    data = GaussianMixture(torch.zeros(1, 2, dtype=F64), std)
+    x = torch.tensor([[0.1, -0.4], [-0.7, 2.0], [0.0, 0.3]], dtype=F64)
+    alpha, sigma = at(name, t_min)
+    z = alpha * x
+    expected = distributions.Normal(0, (alpha**2 * std**2 + sigma**2).sqrt()).log_prob(z).sum(1) + 2 * alpha.log()
+    # what the flow ends in is not quite p(z_1): its variance there against that of p
+    (alpha_1, sigma_1), t_max = at(name, 1 - t_min), 1 - t_min
+    var = alpha_1**2 * std**2 + sigma_1**2
+    z_1 = z * (var / (alpha**2 * std**2 + sigma**2)).sqrt()
+    prior = distributions.Normal(0, (alpha_1**2 + sigma_1**2).sqrt())
+    expected = expected + (prior.log_prob(z_1) - distributions.Normal(0, var.sqrt()).log_prob(z_1)).sum(1)
+    model, options = data.optimal_model(target, schedule, 0.01), dict(target=target, schedule=schedule, t_min=t_min, stabiliser=0.01)
+    found, evaluations = likelihood.log_likelihood(model, x, steps=64, **options)
+    assert_close(found, expected, rtol=0, atol=1e-3)
+    assert evaluations == 256 and t_max > 0.9
+    adaptive, evaluations = likelihood.log_likelihood(model, x, tolerance=1e-8, **options)
+    assert_close(adaptive, expected, rtol=0, atol=1e-6)
+    assert 50 < evaluations < 2000
+
+
+@pytest.mark.parametrize("data", COARSE)
+def test_the_flow_with_the_exact_denoiser_gives_the_density_of_the_data(data):
+    """log q(z_0) at z_0 = alpha x and t_min, + D log alpha: to 1e-3 nats, and to 0.005 log_prob(x) itself."""
+    mixture = COARSE[data]
+    x = mixture.sample(40, seed(0), F64)
+    alpha, sigma = at("cosine", 1e-3)
+    expected = mixture.log_prob(alpha * x, alpha, sigma) + 2 * alpha.log()
+    found, _ = likelihood.log_likelihood(mixture.optimal_model("v", COSINE), x, target="v", schedule=COSINE, steps=192)
+    assert_close(found, expected, rtol=0, atol=1e-3)
+    assert_close(found, mixture.log_prob(x), rtol=0, atol=0.01)
+
+
+def test_the_fixed_steps_are_of_fourth_order():
+    data = DATASETS["clusters"]
+    x, options = data.sample(20, seed(0), F64), dict(target="v", schedule=COSINE)
+    model = data.optimal_model("v", COSINE)
+    runs = [likelihood.log_likelihood(model, x, steps=n, **options)[0] for n in (200, 400, 1600)]
+    coarse, fine = ((c - runs[-1]).square().mean().sqrt() for c in runs[:2])
+    assert 13 < coarse / fine < 19
+
+
+def test_hutchinsons_divergence_is_unbiased_and_exact_for_a_diagonal_one():
+    data = GaussianMixture(torch.tensor([[-1, -0.8], [0.9, 1]], dtype=F64), torch.tensor([0.4, 0.5], dtype=F64))
+    model = data.optimal_model("v", COSINE)
+    x, options = torch.tensor([[0.1, 0.2]], dtype=F64), dict(target="v", schedule=COSINE, steps=40)
+    exact = likelihood.log_likelihood(model, x, **options)[0]
+    estimates = likelihood.log_likelihood(model, x.expand(300, 2), probes=1, generator=seed(1), **options)[0]
+    assert estimates.std() > 1e-3 and abs(estimates.mean() - exact) < 4 * estimates.std() / 300**0.5
+    many = likelihood.log_likelihood(model, x.expand(300, 2), probes=16, generator=seed(1), **options)[0]
+    assert 0.1 < (many.std() / estimates.std()) < 0.4                      # 1 / 4
+    picture = lambda z, t: 0.3 * z                                         # noqa: E731
+    x = torch.randn(3, 1, 4, 4, generator=seed(2), dtype=F64)
+    diagonal = dict(target="v", schedule=COSINE, steps=10)
+    assert_close(likelihood.log_likelihood(picture, x, probes=1, generator=seed(1), **diagonal)[0],
+                 likelihood.log_likelihood(picture, x, **diagonal)[0])
+
+
+def test_a_flow_that_explodes_is_an_error_and_not_a_number():
+    with pytest.raises(ValueError, match="cannot be integrated to 1e-06"):
+        likelihood.log_likelihood(lambda z, t: z**3 * 50, torch.ones(2, 2), target="v", schedule=COSINE, tolerance=1e-6)
+
+
+# The script
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    train.main(["--data", "clusters", "--target", "s", "--epochs", "3", "--width", "32", "--stabiliser", "0.01", "--device", "cpu",
+                "--out", str(out)])
+    return out / "clusters-s-mse-s0"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pictures")
+    g = seed(4)
+    for i in range(40):
+        images.save_png(torch.randint(256, (3, 8, 8), generator=g, dtype=torch.uint8), out / "data" / f"{i}.png")
+    train.main(["--data", str(out / "data"), "--channels", "8", "--channel-mult", "1", "--layers", "1", "--attention", "4", "--epochs", "1",
+                "--batch-size", "8", "--device", "cpu", "--out", str(out)])
+    return out / "data-eps-mse-s0", out / "data"
+
+
+def test_the_terms_of_a_run_are_printed_and_written_beside_the_entropy(trained, capsys):
+    likelihood.main(["--ckpt", str(trained), "--num", "300", "--draws", "8", "--ode-steps", "10", "--t-min", "0.01", "--seed", "5",
+                     "--num-ode", "200", "--batch-size", "150", "--device", "cpu"])
+    out, result = capsys.readouterr().out, json.loads((trained / "likelihood.json").read_text())
+    data, state = DATASETS["clusters"], run.load(trained)
+    model, x = sample.build_model([state]).double(), train_points.test_set("clusters").double()
+    options = dict(target="s", schedule=COSINE, t_min=0.01, stabiliser=0.01)
+    g = run.generator("cpu", 5, "likelihood")
+    terms, exact = [], []
+    for rows, ode in (x[:150], x[:150]), (x[150:300], x[150:200]):
+        terms.append(likelihood.bound(model, rows, draws=8, generator=g, **options))
+        exact.append(-likelihood.log_likelihood(model, ode, steps=10, **options)[0])
+    total = {key: torch.cat([part[key] for part in terms]).detach() for key in ("prior", "reconstruction", "diffusion")}
+    total["bound"] = sum(total.values())
+    total["exact"] = torch.cat(exact)
+    for key, values in total.items():
+        assert result[key] == pytest.approx([values.mean().item(), values.std().item() / len(values)**0.5])
+        assert f"{key:20s} {values.mean():10.4f}" in out
+    entropy = -data.log_prob(x)
+    assert result["entropy"] == pytest.approx([entropy.mean().item(), entropy.std().item() / len(x)**0.5])
+    gap = total["exact"] - entropy[:200]
+    assert result["exact - entropy"] == pytest.approx([gap.mean().item(), gap.std().item() / 200**0.5])
+    assert f"median {gap.median():.4f}" in out and result["evaluations"] == 40
+    bits = total["bound"].mean().item() / (2 * math.log(2))
+    assert f"{bits:.4f}" in out.split("bound")[1].splitlines()[0]
+    assert (result["n"], result["n_exact"], result["draws"], result["t_min"], result["seed"]) == (300, 200, 8, 0.01, 5)
+
+
+def test_the_discrete_bound_the_other_draw_and_adaptive_steps_of_a_run(trained, capsys):
+    common = ["--ckpt", str(trained), "--num", "100", "--draws", "4", "--device", "cpu"]
+    read = lambda: json.loads((trained / "likelihood.json").read_text())
+    model, x = sample.build_model([run.load(trained)]).double(), train_points.test_set("clusters")[:100].double()
+    options = dict(target="s", schedule=COSINE, stabiliser=0.01, draws=4)
+    for arguments, extra in (["--steps", "7"], dict(steps=7)), (["--uniform", "t"], dict(uniform="t")):
+        likelihood.main([*common, *arguments, "--num-ode", "0"])
+        expected = likelihood.bound(model, x, generator=run.generator("cpu", 0, "likelihood"), **options, **extra)
+        assert read()["diffusion"][0] == pytest.approx(expected["diffusion"].mean().item()) and "exact" not in read()
+    likelihood.main([*common, "--tolerance", "1e-3"])
+    assert read()["evaluations"] not in (0, 256) and "T = 7" in capsys.readouterr().out
+    args = likelihood.evaluate.__defaults__
+    assert args[:3] == (16, None, "logsnr")
+
+
+def test_pictures_have_bits_per_dimension_and_a_dequantised_density(pictures, capsys):
+    folder, data = pictures
+    likelihood.main(["--ckpt", str(folder), "--num", "4", "--draws", "3", "--num-ode", "2", "--ode-steps", "4", "--device", "cpu"])
+    out, result = capsys.readouterr().out, json.loads((folder / "likelihood.json").read_text())
+    config = run.load(folder)["config"]
+    model = unet.UNet(3, 8, channels=8, channel_mult=[1], layers=1, attention=[4])
+    model.load_state_dict(run.load(folder)["ema"])
+    every = images.to_float(images.load(config["data"], "test"))
+    x = every[torch.randperm(len(every), generator=run.generator("cpu", "likelihood"))[:4]]
+    assert (result["n"], result["n_exact"], result["dimensions"], result["evaluations"]) == (4, 2, 192, 16)
+    g, options = run.generator("cpu", 0, "likelihood"), dict(target="eps", schedule=COSINE)
+    terms = likelihood.bound(model, x, draws=3, reconstruction=likelihood.discretised, generator=g, **options)
+    total = terms["prior"] + terms["reconstruction"] + terms["diffusion"]
+    assert result["bound"][0] == pytest.approx(total.mean().item(), rel=1e-4)
+    assert f"{result['bound'][0] / (192 * math.log(2)):.4f}" in out
+    spread = x[:2] + (2 * torch.rand(x[:2].shape, generator=g) - 1) / 255
+    log_p, _ = likelihood.log_likelihood(model, spread, steps=4, probes=1, generator=g, **options)
+    assert result["exact"][0] == pytest.approx((-log_p - 192 * math.log(2 / 255)).mean().item(), rel=1e-4)
+    assert "entropy" not in out
+
+
+def test_a_run_on_pictures_without_its_pictures(pictures, tmp_path):
+    folder, data = pictures
+    shutil.move(data, tmp_path / "elsewhere")
+    try:
+        with pytest.raises(SystemExit, match="data"):
+            likelihood.main(["--ckpt", str(folder), "--device", "cpu"])
+    finally:
+        shutil.move(tmp_path / "elsewhere", data)
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--draws", "1"], ["--num", "0"], ["--uniform", "x"], ["--ode-steps", "0"],
+                                       ["--tolerance", "0"], ["--probes", "0"], ["--num-ode", "-1"], ["--t-min", "0.5"]])
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        likelihood.main(arguments)
+    assert stop.value.code == 2 and "--" in capsys.readouterr().err
+
+
+def test_a_flow_that_explodes_and_a_missing_run_are_one_sentence(trained, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no checkpoint at .* train one first"):
+        likelihood.main(["--ckpt", str(tmp_path)])
+    monkeypatch.setattr(sample, "build_model", lambda states, device: Cube())
+    with pytest.raises(SystemExit, match="cannot be integrated .* leave --tolerance out"):
+        likelihood.main(["--ckpt", str(trained), "--num", "5", "--draws", "2", "--tolerance", "1e-6", "--device", "cpu"])
+
+
+class Cube(torch.nn.Module):
+    def forward(self, z, t):
+        return -50 * z**3
