@@ -22,8 +22,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import likelihood
+import losses
 import run
 import sample
+import samplers
 import stack
 import train
 import train_points
@@ -115,7 +118,40 @@ def points(args, device):
         step = statistics.median(seconds(draw, device) for _ in range(3)) / steps / len(states)
         print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step {flop / 3 / args.batch_size * n / step / 1e9:7.1f} GFLOP/s"
               f"   {n:,} points")
+    evaluations(ours, config, n, steps, device)
     print_memory(device)
+
+
+def evaluations(model, config, n, steps, device):
+    """Each sampler, and the exact log-likelihood, beside the same number of evaluations of the network with nothing around them.
+
+    An evaluation of the likelihood has a forward pass and two backward passes to z, one a dimension, in float64.
+    """
+    states, times = [{"config": config, "model": model.state_dict()}], {}
+    in_cache = stack.in_chunks(model, 1, 5000 if device.type == "cpu" else 2**20)
+    z, t = torch.randn(n, 2, device=device), torch.full((n,), 0.5, device=device)
+
+    @torch.no_grad()
+    def alone():
+        for _ in range(steps):
+            in_cache(z, t)
+    contenders = {"network alone": (alone, steps)}
+    for name in samplers.SAMPLERS:
+        contenders[name] = functools.partial(sample.draw, states, steps, n, device=device, sampler=name), steps - (name == "heun")
+    for name, (function, count) in contenders.items():
+        function()
+        times[name] = statistics.median(seconds(function, device) for _ in range(3)) / count
+        print(f"sampling    {name:13s} {n / times[name] / 1e6:7.2f} million evaluations/s   network alone / this "
+              f"{times['network alone'] / times[name]:.2f}   {n:,} points, {count} evaluations")
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    network, x = sample.build_model(states, device).to(dtype).requires_grad_(False), z.to(dtype)
+    objective = losses.objective(config)
+    nll = lambda: [likelihood.log_likelihood(network, part, target=config["target"], schedule=objective["schedule"])[1]
+                   for part in x.split(5000)]
+    count = nll()[0]
+    whole = statistics.median(seconds(nll, device) for _ in range(3))
+    print(f"likelihood  exact         {n * count / whole / 1e6:7.2f} million evaluations/s   network alone / this "
+          f"{times['network alone'] * count / whole:.2f}   {n:,} points, {count} evaluations, {whole:.1f} s")
 
 
 def print_memory(device):

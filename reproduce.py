@@ -35,6 +35,8 @@ from datasets2d import DATASETS
 
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]
+FEW = [8, 16, 32]      # of them, where grids are compared
+DRAWS, ODE_STEPS = 100, 64     # of the bound and of the flow, in `likelihood`
 PICTURE_STEPS = 500    # thesis 4.4.4
 SWEEPS = {"t": STEPS, "logsnr": STEPS[:6], "karras": STEPS[:6]}      # network evaluations; above 64 grids matter little
 DISTANCES = "mean_distance", "covariance_distance"
@@ -258,7 +260,7 @@ def judged(args, runs):
         x = train_points.test_set(key[0])[:n].to(device)
         x = x if device.type == "mps" else x.double()
         model = sample.build_model([runs[key][1]], device).to(x.dtype).requires_grad_(False)
-        terms, _ = likelihood.evaluate(model, x, config, draws=100, generator=run.generator(device, "likelihood"))
+        terms, _ = likelihood.evaluate(model, x, config, DRAWS, ode_steps=ODE_STEPS, generator=run.generator(device, "likelihood"))
         terms["entropy"] = -DATASETS[key[0]].log_prob(x.cpu())
         gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
         result = {name: likelihood.mean_and_error(values) for name, values in (terms | gaps).items()}
@@ -281,9 +283,9 @@ def likelihoods(args):
                       column("exact gap"), cell([result["exact median"] for result in found])])
     variances, g = {}, run.generator("cpu", "variance")
     for data, mixture in DATASETS.items():
-        x, schedule = mixture.sample(1000, g, torch.float64), ddpm.SCHEDULES["cosine"]
+        x, schedule = mixture.sample(500, g, torch.float64), ddpm.SCHEDULES["cosine"]
         error_sq = [likelihood.bound(mixture.optimal_model("eps", schedule), x, target="eps", schedule=schedule, uniform=uniform,
-                                     draws=64, generator=g)["error"].square().mean().item() for uniform in ("t", "logsnr")]
+                                     draws=DRAWS, generator=g)["error"].square().mean().item() for uniform in ("t", "logsnr")]
         variances[data] = error_sq[0] / error_sq[1]
     n = args.num_samples // 4
     text = rows(["data", "target", "trained with", "bound", "exact NLL", "entropy", "bound - entropy", "exact - entropy",
@@ -291,7 +293,7 @@ def likelihoods(args):
     worst = {name: f"at most {max(values):.3f}" if values else "not small" for name, values in errors.items()}
     return text + [f"Nats (for two dimensions), the first {n:,} test points and their own entropy; {args.epochs} epochs, {args.seeds} "
                    f"seeds, mean +- standard deviation over them. The Monte Carlo error of a gap below 1 nat is {worst['bound gap']} for the "
-                   f"bound (100 draws of t and noise a point) and {worst['exact gap']} for the flow (64 Runge-Kutta steps equal in log-SNR, "
+                   f"bound ({DRAWS} draws of t and noise a point) and {worst['exact gap']} for the flow ({ODE_STEPS} Runge-Kutta steps equal in log-SNR, "
                    "float64). The bound is that of the ancestral model, the exact NLL that of the probability flow ODE: two models with one "
                    "network, of which either may be the better. With t uniform in place of log-SNR the bound of the exact denoiser has "
                    + ", ".join(f"{value:.0f} ({data})" for data, value in variances.items()) + " times the variance."]
@@ -352,7 +354,7 @@ def steps(args):
 
     lines = []
     for name in DATASETS:
-        for sampler, grid, n in [("ancestral", "t", STEPS[-1]), *itertools.product(["dpmpp"], SWEEPS, (32, 16, 8))]:
+        for sampler, grid, n in [("ancestral", "t", STEPS[-1]), *itertools.product(["dpmpp"], SWEEPS, FEW)]:
             found = results[sampler, grid, n][name, "v"]
             lines.append([name, f"{sampler}, {grid}", str(n), *(cell([r[d] for r in found]) for d in two), cell(gaps(found))])
         lines.append([name, "floor", "", *(floor(found[0], d) for d in two), "0"])
@@ -362,9 +364,9 @@ def steps(args):
     lines = []
     for key in [(name, target) for name in DATASETS for target in ("eps", "s")]:
         lines.append([*key, *(cell([r[two[1]] for r in results["dpmpp", grid, n][key]])
-                              for grid in SWEEPS for n in (8, 16, 32)), floor(found[0], two[1])])
+                              for grid in SWEEPS for n in FEW), floor(results["dpmpp", "t", FEW[0]][key][0], two[1])])
     text += ["**eps and s in few evaluations of `dpmpp`**: sliced Wasserstein distance", ""]
-    text += rows(["data", "target", *(f"{grid}, {n}" for grid in SWEEPS for n in (8, 16, 32)), "floor"], lines)
+    text += rows(["data", "target", *(f"{grid}, {n}" for grid in SWEEPS for n in FEW), "floor"], lines)
     return text + [f"Networks with `mse`, {args.epochs} epochs, {args.seeds} seeds. {args.num_samples:,} samples against 50,000 "
                    "points of the data; mean +- standard deviation over the seeds. At the floor is a mean over the seeds of at most "
                    "the floor plus two of its standard deviations; - is nowhere."]

@@ -57,3 +57,21 @@ def test_floor_of_the_mean_distance_is_its_closed_form():
     assert_close(torch.tensor(values[0]["mean_distance"]), torch.tensor([(a + b) / 2, abs(a - b) / math.sqrt(2)]))
     mean, std = floor["covariance_distance"]
     assert 0.02 < mean < 0.06 and 0 < std < mean
+
+
+def test_the_sliced_wasserstein_distance_is_the_mean_over_directions_of_scipys():
+    """Order 2 from the quantiles, with 1 point against 3: the transport plan of sorted points, solved as a linear programme."""
+    from scipy.optimize import linear_sum_assignment
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 2, generator=g, dtype=torch.float64), 1 + 2 * torch.randn(18, 2, generator=g, dtype=torch.float64)
+    squares = []
+    for k in range(7):
+        u = torch.tensor([math.cos(math.pi * k / 7), math.sin(math.pi * k / 7)], dtype=torch.float64)
+        cost = ((x @ u).repeat(3)[:, None] - (y @ u)[None, :])**2
+        squares.append(cost.numpy()[linear_sum_assignment(cost.numpy())].mean())
+    assert_close(metrics.sliced_wasserstein(x, y, 7).item(), math.sqrt(sum(squares) / 7))
+    assert_close(metrics.sliced_wasserstein(y, x, 7), metrics.sliced_wasserstein(x, y, 7))
+    shift = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert_close(metrics.sliced_wasserstein(x, x + shift).item(), 5 / math.sqrt(2))                # mean of cos^2 is 1/2
+    assert metrics.sliced_wasserstein(x, x) == 0
+    assert list(metrics.floor(DATASETS["rings"], 10, 20, 2)) == ["mean_distance", "covariance_distance", "sliced_wasserstein"]

@@ -66,3 +66,15 @@ def test_the_loss_curve_of_a_run(saved):
 def test_a_scatter_shows_at_most_so_many_points(saved):
     plots.scatter({"a": torch.zeros(30, 2), "b": torch.zeros(5, 2)}, "path", points=20)
     assert [len(ax.collections[0].get_offsets()) for ax in saved[0].axes] == [20, 5]
+
+
+def test_curves_over_evaluations_stand_beside_the_floor(saved):
+    floor, curves = {"mean": 0.02, "std": 0.005}, {"heun": [(2, [0.5, 0.7]), (8, [0.1, 0.1])], "sde": [(2, [2.0, 2.0]), (8, [0.3, 0.5])]}
+    plots.over_evaluations({(data, target): (floor, curves) for data in "pq" for target in ("x", "s")}, "label", "path")
+    axes = saved[0].axes
+    assert [ax.get_title() for ax in axes] == ["p, x", "q, x", "p, s", "q, s"] and {ax.get_yscale() for ax in axes} == {"log"}
+    heun, sde, dotted = axes[3].lines
+    assert list(heun.get_xdata()) == [2, 8] and np.allclose(heun.get_ydata(), [0.6, 0.1]) and np.allclose(sde.get_ydata(), [2, 0.4])
+    assert set(dotted.get_ydata()) == {0.02} and dotted.get_linestyle() == ":"
+    assert np.allclose(axes[0].patches[0].get_extents().transformed(axes[0].transData.inverted()).intervaly, [0.02, 0.03])
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["heun", "sde", "floor"]

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import likelihood
 import losses
 import plots
 import reproduce
 import run
 import sample
+import samplers
 import train_points
 from datasets2d import DATASETS, GaussianMixture
 from ddpm import SCHEDULES
@@ -23,7 +25,8 @@ COSINE = SCHEDULES["cosine"]
 FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "fig4.8": "loss_curves", "fig4.9": "loss_curves",
            "fig4.10": "scalings", "fig4.11": "over_t", "fig4.12": "point_grid", "fig4.13": "point_grid", "fig4.14": "over_t",
            "appendix1": "over_t", "appendix2": "over_t", "appendix3": "over_t", "appendix4": "point_grid",
-           "appendix5": "point_grid", "appendix6": "point_grid"}
+           "appendix5": "point_grid", "appendix6": "point_grid", "steps-covariance": "over_evaluations",
+           "steps-wasserstein": "over_evaluations"}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +40,14 @@ def study(tmp_path_factory):
     patch.setattr(train_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
     patch.setattr(plots, "loss_curve", lambda *arguments: None)    # of every run: not what is tested here
     patch.setattr(reproduce, "STEPS", [2, 16])
+    patch.setattr(reproduce, "SWEEPS", {"t": [2, 16], "logsnr": [16]})
+    patch.setattr(reproduce, "FEW", [16])
+    patch.setattr(samplers, "SAMPLERS", {name: samplers.SAMPLERS[name] for name in ("ancestral", "dpmpp")})
+    patch.setattr(reproduce, "DRAWS", 4)
+    patch.setattr(reproduce, "ODE_STEPS", 3)
     for name in set(FIGURES.values()):
         def spy(*arguments, original=getattr(plots, name)):
-            drawn[arguments[2 if original.__name__ in ("over_time", "scalings", "over_t") else 1].stem] = arguments
+            drawn[arguments[2 if original.__name__ in ("over_time", "scalings", "over_t", "over_evaluations") else 1].stem] = arguments
             return original(*arguments)
         patch.setattr(plots, name, spy)
     call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu",
@@ -58,7 +66,8 @@ def history(folder, loss, data, target, seed):
 
 def expected_cell(values):
     mean, std = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
-    return f"{mean:.3f} +- {std:.3f}" if mean < 100 else f"{mean:.0f} +- {std:.0f}"
+    digits = "{:.3f}" if -100 < mean < 100 else "{:.0f}" if -1e6 < mean < 1e6 else "{:.0e}"
+    return f"{digits.format(mean)} +- {digits.format(std)}"
 
 
 def test_table_4_1_is_the_runs_own_numbers(study):
@@ -128,13 +137,14 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
     monkeypatch.setattr(train_points, "train_stack", never)
     with monkeypatch.context() as patch:
         patch.setattr(sample, "draw", never)
-        call("table4.1"), call("fig4.12"), call("steps")
+        patch.setattr(likelihood, "evaluate", never)
+        call("table4.1"), call("fig4.12"), call("steps"), call("likelihood")
         assert (folder / "results" / "table4.1.md").read_text() == text
     made = folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1"
     before = (made / "steps-16-2000" / "samples.npy").read_bytes()
     os.utime(made / "ckpt.pt", ((made / "steps-16-2000" / "metrics.json").stat().st_mtime + 10,) * 2)  # trained again since
     calls, original = [], sample.draw
-    monkeypatch.setattr(sample, "draw", lambda states, *rest: calls.append((len(states), *rest[:3])) or original(states, *rest))
+    monkeypatch.setattr(sample, "draw", lambda states, *rest, **how: calls.append((len(states), *rest[:3])) or original(states, *rest, **how))
     call("table4.1")
     assert calls == [(1, 16, 2000, 1)]
     assert np.allclose(np.frombuffer(before[128:], np.float32), np.load(made / "steps-16-2000" / "samples.npy").ravel(), atol=1e-3)
@@ -153,7 +163,7 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
 def test_the_table_of_steps(study):
     folder, _, _ = study
     rows = [line.split(" | ") for line in (folder / "results" / "steps.md").read_text().splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["| steps", "| ---", "| 2", "| 16", "| floor"]
+    assert [row[0] for row in rows[:5]] == ["| steps", "| ---", "| 2", "| 16", "| floor"]
     made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"rings-x-mse-s{seed}" / "steps-2-2000" / "metrics.json").read_text())
             for seed in range(2)]
     assert rows[2][1] == expected_cell([m["covariance_distance"] for m in made])
@@ -164,14 +174,96 @@ def test_the_table_of_steps(study):
     assert 0.08 < exact[0] < 0.2 and 0.1 < exact[1] < 0.25               # the exact denoiser at 16 steps
 
 
+def metrics_of(folder, data, target, name):
+    return [json.loads((folder / "runs" / "stabilised-2-epochs" / f"{data}-{target}-mse-s{seed}" / name / "metrics.json").read_text())
+            for seed in range(2)]
+
+
+def test_the_tables_of_samplers(study):
+    """Evaluations until the floor, v in few evaluations, eps and s on each grid: from the files of the runs."""
+    folder, _, _ = study
+    rows = [line.strip("| ").split(" | ") for line in (folder / "results" / "steps.md").read_text().splitlines() if line.startswith("| ")]
+    t_grid, logsnr_grid, few, hard = rows[5:23], rows[23:41], rows[41:59], rows[59:]
+    assert t_grid[0] == ["data", "target", "ancestral", "dpmpp"] and few[0][1] == "sampler, grid" and hard[0][2:4] == ["t, 16", "logsnr, 16"]
+    assert len(hard) == 10 and len({tuple(row[:2]) for row in t_grid[2:]}) == 16
+    distances = ["covariance_distance", "sliced_wasserstein"]
+    for table, grid, numbers in (t_grid, "t", [2, 16]), (logsnr_grid, "logsnr", [16]):
+        for data, target, *cells in table[2:]:
+            for sampler, found in zip(("ancestral", "dpmpp"), cells):
+                expected = []
+                for distance in distances:
+                    reached = "-"
+                    for n in reversed(numbers):
+                        made = metrics_of(folder, data, target, f"steps-{n}-2000" + (f"-{sampler}-{grid}" if (sampler, grid) != ("ancestral", "t") else ""))
+                        floor = made[0][f"{distance}_floor"]
+                        if sum(m[distance] for m in made) / 2 <= floor["mean"] + 2 * floor["std"]:
+                            reached = str(n)
+                        assert (made[0]["sampler"], made[0]["grid"], made[0]["steps"]) == (sampler, grid, n)
+                    expected.append(reached)
+                assert found == " / ".join(expected)
+    data, how, n, *cells = few[4]
+    assert (data, how, n) == ("clusters", "dpmpp, logsnr", "16")
+    made = metrics_of(folder, "clusters", "v", "steps-16-2000-dpmpp-logsnr")
+    assert cells == [expected_cell([m[d] for m in made]) for d in distances] + [expected_cell([m["log_density"] - m["log_density_data"]
+                                                                                            for m in made])]
+    for row in hard[2], hard[-1]:
+        made = metrics_of(folder, *row[:2], "steps-16-2000-dpmpp-logsnr")
+        assert row[3] == reproduce.cell([m["sliced_wasserstein"] for m in made])
+        assert row[4] == "{mean:.3f} +- {std:.3f}".format(**made[0]["sliced_wasserstein_floor"])
+    assert [hard[2][:2], hard[-1][:2]] == [["clusters", "eps"], ["waves", "s"]]
+
+
+def test_the_floor_is_reached_within_two_of_its_deviations():
+    results = lambda a, b: [{"d": a, "d_floor": {"mean": 1.0, "std": 0.25}}, {"d": b}]
+    assert reproduce.at_floor(results(1.2, 1.79), "d") and not reproduce.at_floor(results(1.2, 1.81), "d")
+
+
+def test_the_curves_over_evaluations(study):
+    folder, drawn, _ = study
+    for name in "covariance_distance", "sliced_wasserstein":
+        panels, label, path = drawn["steps-covariance" if name.startswith("c") else "steps-wasserstein"]
+        assert label == name.replace("_", " ") and list(panels) == list(reproduce.THESIS)
+        floor, curves = panels["waves", "eps"]
+        made = {n: metrics_of(folder, "waves", "eps", f"steps-{n}-2000-dpmpp-t") for n in (2, 16)}
+        assert curves["dpmpp"] == [(n, [m[name] for m in made[n]]) for n in (2, 16)] and list(curves) == ["ancestral", "dpmpp"]
+        assert floor == made[2][0][f"{name}_floor"]
+
+
+def test_the_table_of_likelihoods(study):
+    folder, _, _ = study
+    text = (folder / "results" / "likelihood.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 48 and len({tuple(row[:3]) for row in rows}) == 48
+    for data, target, loss in ("clusters", "x", "mse"), ("rings", "s", "nelbo_stable"), ("waves", "v", "nelbo"):
+        row, = (row for row in rows if row[:3] == [data, target, f"`{loss}`"])
+        x, found = train_points.test_set(data)[:500].double(), {"bound": [], "exact": [], "median": []}
+        entropy = -DATASETS[data].log_prob(x)
+        for seed in range(2):
+            kind = "exact" if loss == "nelbo" else "stabilised"
+            state = run.load(folder / "runs" / f"{kind}-2-epochs" / f"{data}-{target}-{loss}-s{seed}")
+            model = train_points.build_model(state["config"]).double()
+            model.load_state_dict(state["model"])
+            options = dict(target=target, schedule=COSINE, stabiliser=state["config"]["stabiliser"])
+            terms = likelihood.bound(model, x, draws=4, generator=run.generator("cpu", "likelihood"), **options)
+            found["bound"].append((terms["prior"] + terms["reconstruction"] + terms["diffusion"]).mean().item())
+            exact = -likelihood.log_likelihood(model, x, steps=3, **options)[0].detach()
+            found["exact"].append(exact.mean().item())
+            found["median"].append((exact - entropy).median().item())
+        h = entropy.mean().item()
+        assert row[3:5] == [reproduce.cell(found["bound"]), reproduce.cell(found["exact"])] and row[5] == f"{h:.3f}"
+        assert row[6:] == [reproduce.cell([value - h for value in found["bound"]]), reproduce.cell([value - h for value in found["exact"]]),
+                           reproduce.cell(found["median"])]
+    assert "the first 500 test points" in text and "(clusters)" in text and "(4 draws" in text
+
+
 def test_every_figure_is_drawn_and_indexed(study, capsys):
     folder, drawn, _ = study
     index = (folder / "results" / "README.md").read_text()
-    assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {"table4.1", "table4.2", "steps"}
+    assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {"table4.1", "table4.2", "steps", "likelihood"}
     for name in FIGURES:
         assert (folder / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"![{name}]({name}.png)" in index and f"`python reproduce.py {name} --seeds 2" in index
-    assert "[table4.1.md](table4.1.md)" in index and index.count(" s on cpu, ") == 18
+    assert "[table4.1.md](table4.1.md)" in index and index.count(" s on cpu, ") == 21
     assert all(title and see for _, title, see in reproduce.RESULTS.values())
     assert plots.plt.get_fignums() == []
 
@@ -323,4 +415,5 @@ def test_the_agreement_with_the_thesis_counts_both_signs():
 
 def test_cells():
     assert reproduce.cell([1.0, 3.0]) == "2.000 +- 1.414" and reproduce.cell([0.12345]) == "0.123"
+    assert reproduce.cell([-3e8, -5e8]) == "-4e+08 +- 1e+08" and reproduce.cell([-0.5]) == "-0.500" and reproduce.cell([-250.0]) == "-250"
     assert reproduce.cell([150.0, 250.0]) == "200 +- 71"

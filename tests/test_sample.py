@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +196,27 @@ def test_exit_codes_from_a_shell(tmp_path):
     assert code == 1 and len(lines) == 1 and "train one first" in lines[0]
     code, lines = call("--steps", "0")
     assert code == 2 and "must be at least 1" in lines[-1]
+
+
+def test_sampler_and_grid_reach_the_samples_and_the_record(trained, tmp_path, capsys):
+    model = train_points.build_model(run.load(trained)["config"])
+    model.load_state_dict(run.load(trained)["model"])
+    for arguments, how in (["--sampler", "dpmpp", "--grid", "karras"], dict(sampler="dpmpp", grid="karras")), \
+                          (["--sampler", "ddim", "--eta", "0.5"], dict(sampler="ddim", grid="t", eta=0.5)):
+        draw(trained, "--steps", "4", "--num-samples", "20", "--out", str(tmp_path), *arguments)
+        expected = samplers.sample(model, (20, 2), 4, target="v", schedule=ddpm.SCHEDULES["cosine"],
+                                   generator=run.generator("cpu", 0, "sample"), **how)
+        assert np.allclose(np.load(tmp_path / "samples.npy"), expected.numpy(), atol=1e-6)
+        assert how.items() <= json.loads((tmp_path / "metrics.json").read_text()).items()
+        assert ", ".join(f"{key} {value}" for key, value in how.items()) in capsys.readouterr().out
+    args = sample.parse([])
+    assert args.how == dict(sampler="ancestral", grid="t")
+
+
+@pytest.mark.parametrize("arguments, message", [(["--sampler", "plms"], "invalid choice: 'plms' .choose from .*ancestral"),
+                                                (["--grid", "x"], "invalid choice: 'x'"), (["--eta", "2"], "must be in"),
+                                                (["--eta", "0.5"], "--eta is for --sampler ddim, ancestral has none")])
+def test_a_wrong_sampler_exits_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(arguments)
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
