@@ -127,15 +127,17 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
 
     log p(x) = log N(z_1; 0, alpha^2 + sigma^2) + integral of the divergence of dz/dt over t, from z_0 = alpha x at t_min to
     z_1 at 1 - t_min, + D log alpha of t_min, as z_0 is alpha times x. Returns it and the number of evaluations of the network.
-    steps: of the classical Runge-Kutta method, equal in log-SNR because what networks get wrong near the ends is multiplied by
-    dlogsnr/dt, four evaluations each; tolerance: adaptive ones instead, scipy's RK45, relative and absolute. probes: None is the exact divergence, one backward pass for each dimension; a number
-    is Hutchinson's unbiased estimate with so many random signs, the same at every t.
+    steps: of the classical Runge-Kutta method, four evaluations each, equal in log-SNR because what a network gets wrong near
+    the ends is multiplied by dlogsnr/dt; tolerance: adaptive ones instead, scipy's RK45, relative and absolute, ValueError if it fails.
+    probes: None is the exact divergence, one backward pass for each dimension; a number is Hutchinson's unbiased estimate with so
+    many random signs, the same at every t.
     """
     denoise, dimensions, evaluations = samplers.denoiser(model, target, schedule, stabiliser), x[0].numel(), 0
     like = dict(device=x.device, dtype=x.dtype)
-    probe = torch.eye(dimensions, **like).reshape(dimensions, 1, *x.shape[1:])
     if probes:
-        probe = 2.0 * torch.randint(0, 2, (probes, *x.shape), generator=generator, device=x.device).to(x) - 1
+        probe = 2 * torch.randint(0, 2, (probes, *x.shape), generator=generator, device=x.device).to(x) - 1
+    else:
+        probe = torch.eye(dimensions, **like).reshape(dimensions, 1, *x.shape[1:])
 
     def slope(t, state):
         """d/dt of (z, integral of the divergence): (B, D + 1) -> (B, D + 1)."""

@@ -106,7 +106,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("likelihood.py", "reconstruction(x, noise(), schedule.ends(t_min)[1])", "reconstruction(x, noise(), schedule.ends(t_min)[0])"),
     ("likelihood.py", "diffusion.std(0) / draws**0.5", "diffusion.std(0)"),
     ("likelihood.py", "steps=steps, t_min=t_min, **objective)", "steps=steps, **objective)"),
-    ("likelihood.py", "probe = 2.0 * torch.randint", "probe = torch.randint"),
+    ("likelihood.py", "probe = 2 * torch.randint", "probe = torch.randint"),
     ("likelihood.py", ".sum(0) / (probes or 1)", ".sum(0)"),
     ("likelihood.py", "[schedule.alpha(start) * x.flatten(1)", "[x.flatten(1)"),
     ("likelihood.py", "h / 6 * (a + 2 * b + 2 * c + d)", "h / 6 * (a + 2 * b + 2 * c + 1.01 * d)"),

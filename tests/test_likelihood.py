@@ -343,7 +343,7 @@ def test_the_discrete_bound_the_other_draw_and_adaptive_steps_of_a_run(trained, 
     assert args[:3] == (16, None, "logsnr")
 
 
-def test_pictures_have_bits_per_dimension_and_a_dequantised_density(pictures, capsys):
+def test_pictures_have_bits_per_dimension_and_a_dequantised_density(pictures, capsys, monkeypatch):
     folder, data = pictures
     likelihood.main(["--ckpt", str(folder), "--num", "4", "--draws", "3", "--num-ode", "2", "--ode-steps", "4", "--device", "cpu"])
     out, result = capsys.readouterr().out, json.loads((folder / "likelihood.json").read_text())
@@ -362,6 +362,11 @@ def test_pictures_have_bits_per_dimension_and_a_dequantised_density(pictures, ca
     log_p, _ = likelihood.log_likelihood(model, spread, steps=4, probes=1, generator=g, **options)
     assert result["exact"][0] == pytest.approx((-log_p - 192 * math.log(2 / 255)).mean().item(), rel=1e-4)
     assert "entropy" not in out
+    seen = []
+    monkeypatch.setattr(likelihood, "log_likelihood", lambda model, x, **options: seen.append(x) or (torch.zeros(len(x)), 1))
+    likelihood.evaluate(model, x, config, draws=2, num_ode=3)
+    distance = (seen[0] - x[:3]).abs() * 255                                # spread evenly over bins of 2 / 255
+    assert len(seen[0]) == 3 and distance.max() < 1 and abs(distance.mean() - 0.5) < 0.05
 
 
 def test_a_run_on_pictures_without_its_pictures(pictures, tmp_path):
