@@ -48,14 +48,14 @@ class Schedule:
         return self.snr(t) * self.dlogsnr(t)
 
     def t(self, logsnr):
-        """The time of a log-SNR, the inverse of logsnr(t), by bisection on the CPU in float64: (B,) -> (B,)."""
+        """The time of a log-SNR, the inverse of logsnr(t), by bisection on the CPU in float64; any shape."""
         wanted = logsnr.cpu().double()
         low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
         for _ in range(60):
             middle = (low + high) / 2
             early = self.logsnr(middle) > wanted
             low, high = torch.where(early, middle, low), torch.where(early, high, middle)
-        return middle.to(logsnr)
+        return middle.to(logsnr.dtype).to(logsnr.device)
 
     def ends(self, t_min):
         """log-SNR at 1 - t_min and at t_min, two numbers: its range in training, sampling and likelihoods."""

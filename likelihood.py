@@ -47,7 +47,7 @@ def prior(x, schedule, t_min=1e-3):
     With r^2 = alpha^2 + sigma^2 it is 1/2 (sigma^2 / r^2 + alpha^2 x^2 / r^2 - 1 - log(sigma^2 / r^2)), and alpha^2 / r^2 is
     sigmoid(logsnr) for every schedule.
     """
-    logsnr = torch.tensor(schedule.ends(t_min)[0]).to(x)
+    logsnr = x.new_tensor(schedule.ends(t_min)[0])
     return nats(0.5 * (torch.sigmoid(logsnr) * (x**2 - 1) + torch.nn.functional.softplus(logsnr)))
 
 
@@ -63,7 +63,7 @@ def log_prob_level(x, mean, std):
     """Log-probability that N(mean, std^2) falls on the grey level x, one of 256 in [-1, 1]; all broadcastable -> x's shape.
 
     The bins are 2 / 255 wide, and those of black and white reach to infinity, so that the 256 probabilities sum to 1:
-    Foundations 3.2.4, Algorithm 2, with x itself in its tests (ERRATA.md, entry 9).
+    Foundations 3.2.4, Algorithm 2, with x itself in its tests (ERRATA.md, entry 14).
     """
     upper, lower = (x + 1 / 255 - mean) / std, (x - 1 / 255 - mean) / std
     upper, lower = torch.where(x > 0.999, math.inf, upper), torch.where(x < -0.999, -math.inf, lower)
@@ -128,9 +128,9 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
     log p(x) = log N(z_1; 0, alpha^2 + sigma^2) + integral of the divergence of dz/dt over t, from z_0 = alpha x at t_min to
     z_1 at 1 - t_min, + D log alpha of t_min, as z_0 is alpha times x. Returns it and the number of evaluations of the network.
     steps: of the classical Runge-Kutta method, four evaluations each, equal in log-SNR because what a network gets wrong near
-    the ends is multiplied by dlogsnr/dt; tolerance: adaptive ones instead, scipy's RK45, relative and absolute, ValueError if it fails.
+    the ends is multiplied by dlogsnr/dt; tolerance: adaptive ones instead, scipy's RK45, relative and absolute.
     probes: None is the exact divergence, one backward pass for each dimension; a number is Hutchinson's unbiased estimate with so
-    many random signs, the same at every t.
+    many random signs, the same at every t. Raises ValueError if the flow is not finite or the tolerance cannot be reached.
     """
     denoise, dimensions, evaluations = samplers.denoiser(model, target, schedule, stabiliser), x[0].numel(), 0
     like = dict(device=x.device, dtype=x.dtype)
@@ -146,6 +146,8 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
         z, t = state[:, :-1].reshape(x.shape).detach().requires_grad_(), torch.tensor(t, **like)
         with torch.enable_grad():
             dz_dt = samplers.flow(z, denoise(z, t)[1], t, schedule)
+            if not dz_dt.isfinite().all():
+                raise ValueError("its flow is not finite - train it longer, or with another --loss")
             products = [e * torch.autograd.grad(dz_dt, z, e.expand(z.shape), retain_graph=True)[0] for e in probe]
         divergence = torch.stack([nats(product) for product in products]).sum(0) / (probes or 1)
         return torch.cat([dz_dt.detach().flatten(1), divergence[:, None]], 1)
@@ -153,12 +155,12 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
     start, end = torch.tensor([t_min, 1 - t_min], **like)
     state = torch.cat([schedule.alpha(start) * x.flatten(1), x.new_zeros(len(x), 1)], 1)
     if tolerance:
-        numbers = lambda state: state.double().cpu().numpy().ravel()
+        numbers = lambda state: state.cpu().double().numpy().ravel()
         tensor = lambda numbers: torch.from_numpy(numbers).reshape(len(x), -1).to(**like)
         solution = solve_ivp(lambda t, state: numbers(slope(t, tensor(state))), (t_min, 1 - t_min), numbers(state),
                              rtol=tolerance, atol=tolerance, t_eval=[1 - t_min])
         if not solution.success:
-            raise ValueError(f"the flow of this network cannot be integrated to {tolerance:g}: {solution.message}")
+            raise ValueError(f"its flow cannot be integrated to {tolerance:g} - make --tolerance larger, or leave it out")
         state = tensor(solution.y)
     else:
         times = samplers.uniform_logsnr(steps + 1, schedule, t_min, dtype=torch.float64).tolist()[::-1]
@@ -176,10 +178,10 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
 
 def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=None, ode_steps=64, tolerance=None, probes=None,
              t_min=1e-3, batch_size=5000, generator=None, progress=lambda done: None):
-    """All terms of data x for the network of a run -> dict of (n,) in nats; those of the ODE for the first num_ode (all).
+    """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network for the ODE.
 
-    x: points (n, 2), or pictures as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE. Pictures have a
-    density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255), the bins' width:
+    x: points (n, 2), or pictures as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first num_ode
+    of them (all); draws and steps are those of `bound`, ode_steps, tolerance and probes of `log_likelihood`. Pictures have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255), the bins' width:
     on average it is not below -log P(x) (Theis et al. 2016).
     """
     pictures, objective = x.ndim > 2, losses.objective(config)
@@ -198,7 +200,10 @@ def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=N
         progress(min(i + batch_size, len(x)))
     evaluations = max(part.pop("evaluations", 0) for part in parts)
     terms = {key: torch.cat([part[key] for part in parts if key in part]).cpu() for key in parts[0]}
-    return terms | {"bound": terms["prior"] + terms["reconstruction"] + terms["diffusion"]}, evaluations
+    terms["bound"] = terms["prior"] + terms["reconstruction"] + terms["diffusion"]
+    if not all(values.isfinite().all() for values in terms.values()):
+        raise ValueError("its likelihoods are not finite - train it longer, or with another --loss")
+    return terms, evaluations
 
 
 def mean_and_error(c):
@@ -216,13 +221,13 @@ def load(config, args, device):
     return images.to_float(x[order[:args.num or 500]]).to(device)
 
 
-def report(folder, config, terms, evaluations, seconds, args, device):
-    """Print the terms and write them to likelihood.json."""
+def report(folder, config, terms, args, **facts):
+    """Print the terms -> what is in likelihood.json."""
     n, dimensions = len(terms["bound"]), math.prod(config.get("shape", [2]))
-    result = dict(run=str(folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions, draws=args.draws, steps=args.steps,
-                  uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance, evaluations=evaluations,
-                  t_min=args.t_min, seed=args.seed, device=str(device), seconds=seconds)
-    print(f"{folder}: {n:,} {'points' if dimensions == 2 else 'pictures'} of {config['data']}, {seconds:.1f} s on {device}\n"
+    result = dict(run=str(folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions, steps=args.steps,
+                  uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance, t_min=args.t_min, seed=args.seed, **facts)
+    seconds, evaluations, device = facts["seconds"], facts["evaluations"], facts["device"]
+    print(f"{folder}: {n:,} {'points' if config['data'] in DATASETS else 'pictures'} of {config['data']}, {seconds:.1f} s on {device}\n"
           f"{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
 
     def line(name, values, note=""):
@@ -231,7 +236,7 @@ def report(folder, config, terms, evaluations, seconds, args, device):
         print(f"{name:20s} {mean:10.4f} {error:9.4f} {bits * mean:10.4f} {bits * error:9.4f}   {note}")
     line("prior", terms["prior"])
     line("reconstruction", terms["reconstruction"])
-    line("diffusion", terms["diffusion"], f"of the error {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
+    line("diffusion", terms["diffusion"], f"of the error at most {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
     line("bound", terms["bound"], "the sum" if args.steps is None else f"the sum, T = {args.steps}")
     if "exact" in terms:
         line("exact", terms["exact"], f"probability flow ODE, {evaluations} evaluations, {result['n_exact']:,} of them")
@@ -249,27 +254,34 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python likelihood.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
-    parser.add_argument("--num", type=run.number(int, 2), help="test examples (points: 10000, pictures: 500)")
+    parser.add_argument("--num", type=run.number(int, 2, 10**9), help="test examples (points: 10000, pictures: 500)")
     parser.add_argument("--t-min", type=run.number(float, 1e-6, 0.49), default=1e-3, help="where z_0 and z_1 are (0.001)")
     parser.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of t and noise (0)")
-    parser.add_argument("--batch-size", type=run.number(int, 1), help="examples at once (points: 5000, pictures: 50)")
+    parser.add_argument("--batch-size", type=run.number(int, 1, 10**9), help="examples at once (points: 5000, pictures: 50)")
     parser.add_argument("--data-dir", default="data", help="where the named sets of pictures are, or are downloaded to (data)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("bound")
-    group.add_argument("--draws", type=run.number(int, 2), help="of t and noise for each example (points: 100, pictures: 16)")
-    group.add_argument("--steps", type=run.number(int, 1), help="T of the discrete bound (continuous time)")
+    group.add_argument("--draws", type=run.number(int, 2, 10**6), help="of t and noise for each example (points: 100, pictures: 16)")
+    group.add_argument("--steps", type=run.number(int, 1, 10**6), help="T of the discrete bound (continuous time)")
     group.add_argument("--uniform", choices=["logsnr", "t"], default="logsnr", help="what is drawn uniformly in continuous time (logsnr)")
     group = parser.add_argument_group("probability flow ODE")
-    group.add_argument("--num-ode", type=run.number(int, 0), help="examples, 0 is none (points: all, pictures: 16)")
-    group.add_argument("--ode-steps", type=run.number(int, 1), default=64, help="of 4 evaluations each (64)")
+    group.add_argument("--num-ode", type=run.number(int, 0, 10**9), help="examples, 0 is none (points: all, pictures: 16)")
+    group.add_argument("--ode-steps", type=run.number(int, 1, 10**6), default=64, help="of 4 evaluations each (64)")
     group.add_argument("--tolerance", type=run.number(float, 1e-12, 1), help="adaptive steps instead")
-    group.add_argument("--probes", type=run.number(int, 1), help="of Hutchinson's divergence (points: exact, pictures: 1)")
+    group.add_argument("--probes", type=run.number(int, 1, 10**6), help="of Hutchinson's divergence (points: exact, pictures: 1)")
+    parser.add_argument("--out", help="folder for the result (the run's folder), with one in it for each of several runs")
     args = parser.parse_args(argv)
+    if args.num_ode == 1:
+        parser.error("--num-ode must be 0 or at least 2: one example has no error")
     device = run.device(args.device)
-    for folder, state in [sample.load(Path(ckpt)) for ckpt in args.ckpt or [run.newest()]]:
+    runs = [sample.load(Path(ckpt)) for ckpt in args.ckpt or [run.newest()]]
+    for folder, state in runs:
         config, pictures = state["config"], sample.is_pictures(state)
-        args.draws = args.draws or (16 if pictures else 100)
+        draws, probes = args.draws or (16 if pictures else 100), args.probes or (1 if pictures else None)
+        num_ode = args.num_ode if args.num_ode is not None or not pictures else 16
         x, start = load(config, args, device), time.perf_counter()
+        if len(x) < 2:
+            raise SystemExit(f"{config['data']} has one test picture, and a mean with its error needs two - add some to its test split")
         if pictures:
             model = train_images.build_model(config).to(device)
             model.load_state_dict(state["ema"])
@@ -282,15 +294,16 @@ def main(argv=None):
             print(f"{done:,} of {len(x):,} examples, {seconds / done * (len(x) - done):.0f} s left", flush=True)
         try:
             with run.enough_memory("a smaller --batch-size"):
-                terms, evaluations = evaluate(
-                    model, x, config, args.draws, args.steps, args.uniform, (16 if pictures else None) if args.num_ode is None else
-                    args.num_ode, args.ode_steps, args.tolerance, args.probes or (1 if pictures else None), args.t_min,
-                    args.batch_size or (50 if pictures else 5000), run.generator(device, args.seed, "likelihood"), progress)
+                terms, evaluations = evaluate(model, x, config, draws, args.steps, args.uniform, num_ode, args.ode_steps, args.tolerance,
+                                              probes, args.t_min, args.batch_size or (50 if pictures else 5000),
+                                              run.generator(device, args.seed, "likelihood"), progress)
         except ValueError as error:
-            raise SystemExit(f"{folder}: {error} - leave --tolerance out, or make it larger") from None
-        result = report(folder, config, terms, evaluations, time.perf_counter() - start, args, device)
-        run.write(folder / "likelihood.json", json.dumps(result, indent=2).encode())
-        print(f"wrote {folder / 'likelihood.json'}")
+            raise SystemExit(f"{folder}: {error}") from None
+        result = report(folder, config, terms, args, draws=draws, probes=probes, evaluations=evaluations,
+                        seconds=time.perf_counter() - start, device=str(device))
+        path = sample.place(folder, args, runs) / "likelihood.json"
+        run.write(path, json.dumps(result, indent=2).encode())
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -250,9 +250,9 @@ def table4_2(args):
 
 
 def judged(args, runs):
-    """Measure what is missing of the likelihoods of runs -> {key: {name: mean}}, in <run>/likelihood-<points>.json."""
-    device, n, results, start, done = run.device(args.device), args.num_samples // 4, {}, time.perf_counter(), 0
-    path = lambda key: runs[key][0] / f"likelihood-{n}.json"
+    """Measure what is missing of the likelihoods of runs -> {key: {name: mean}}, in <run>/likelihood-....json."""
+    device, n, start, done = run.device(args.device), min(args.num_samples // 4, train_points.POINTS), time.perf_counter(), 0
+    path = lambda key: runs[key][0] / f"likelihood-{n}-{DRAWS}-{ODE_STEPS}.json"
     missing = [key for key in runs if not path(key).exists()
                or path(key).stat().st_mtime < (runs[key][0] / "ckpt.pt").stat().st_mtime]
     for key in missing:
@@ -287,15 +287,16 @@ def likelihoods(args):
         error_sq = [likelihood.bound(mixture.optimal_model("eps", schedule), x, target="eps", schedule=schedule, uniform=uniform,
                                      draws=DRAWS, generator=g)["error"].square().mean().item() for uniform in ("t", "logsnr")]
         variances[data] = error_sq[0] / error_sq[1]
-    n = args.num_samples // 4
+    n = min(args.num_samples // 4, train_points.POINTS)
     text = rows(["data", "target", "trained with", "bound", "exact NLL", "entropy", "bound - entropy", "exact - entropy",
                  "median over points"], lines)
     worst = {name: f"at most {max(values):.3f}" if values else "not small" for name, values in errors.items()}
     return text + [f"Nats (for two dimensions), the first {n:,} test points and their own entropy; {args.epochs} epochs, {args.seeds} "
-                   f"seeds, mean +- standard deviation over them. The Monte Carlo error of a gap below 1 nat is {worst['bound gap']} for the "
-                   f"bound ({DRAWS} draws of t and noise a point) and {worst['exact gap']} for the flow ({ODE_STEPS} Runge-Kutta steps equal in log-SNR, "
-                   "float64). The bound is that of the ancestral model, the exact NLL that of the probability flow ODE: two models with one "
-                   "network, of which either may be the better. With t uniform in place of log-SNR the bound of the exact denoiser has "
+                   "seeds, mean +- standard deviation over them. The Monte Carlo error of a gap below 1 nat is "
+                   f"{worst['bound gap']} for the bound ({DRAWS} draws of t and noise a point) and {worst['exact gap']} for the flow "
+                   f"({ODE_STEPS} Runge-Kutta steps equal in log-SNR, float64). The bound is that of the ancestral model, the exact "
+                   "NLL that of the probability flow ODE: two models with one network, of which either may be the better. With t "
+                   "uniform in place of log-SNR the bound of the exact denoiser has "
                    + ", ".join(f"{value:.0f} ({data})" for data, value in variances.items()) + " times the variance."]
 
 
@@ -369,7 +370,7 @@ def steps(args):
     text += rows(["data", "target", *(f"{grid}, {n}" for grid in SWEEPS for n in FEW), "floor"], lines)
     return text + [f"Networks with `mse`, {args.epochs} epochs, {args.seeds} seeds. {args.num_samples:,} samples against 50,000 "
                    "points of the data; mean +- standard deviation over the seeds. At the floor is a mean over the seeds of at most "
-                   "the floor plus two of its standard deviations; - is nowhere."]
+                   "the floor plus two of its standard deviations; - is nowhere. `heun` takes one evaluation less than it says."]
 
 
 def over_evaluations(name):

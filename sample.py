@@ -2,7 +2,7 @@
 
     python sample.py                                       # the newest run, 512 steps
     python sample.py --ckpt runs/rings-*-s0 --steps 16     # many at once, as a stack, with the same noise
-    python sample.py --sampler dpmpp --steps 16            # as good with fewer evaluations, see samplers.py
+    python sample.py --sampler dpmpp --steps 16            # nearly as good with few evaluations
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
 
 Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean, covariance and sliced
@@ -39,13 +39,13 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python sample.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
-    parser.add_argument("--steps", type=run.number(int, 1), default=512, help="network evaluations (512)")
+    parser.add_argument("--steps", type=run.number(int, 1, 10**6), default=512, help="network evaluations (512)")
     parser.add_argument("--sampler", choices=samplers.SAMPLERS, default="ancestral", help="(ancestral)")
     parser.add_argument("--grid", choices=samplers.GRIDS, default="t", help="what the steps are equal in: t, log-SNR, or Karras's (t)")
     parser.add_argument("--eta", type=run.number(float, 0, 1), help="noise of --sampler ddim, 1 is that of ancestral (0)")
     parser.add_argument("--t-min", type=run.number(float, 1e-6, 0.49),
                         help="the steps divide [t_min, 1 - t_min] (that of training, at least 0.001)")
-    parser.add_argument("--num-samples", type=run.number(int, 2), help="(points: 10000, pictures: 64)")
+    parser.add_argument("--num-samples", type=run.number(int, 2, 10**9), help="(points: 10000, pictures: 64)")
     parser.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of the sampling noise (0)")
     parser.add_argument("--out", help="folder for the results (the run's folder), with one in it for each of several runs")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")

@@ -1,15 +1,15 @@
 r"""Samplers: from noise to data in so many evaluations of the network (VDM 3.7.1; slides on SDE and probability flow ODE).
 
 Read `ddpm.py` and `targets.py` first. A sampler sees a network as a denoiser, (z, t) -> x_hat, eps_hat, so that it is written once
-for every target and schedule. It goes through a decreasing grid of times, and its last step is the same for all: to t = 0,
-where alpha = 1 and sigma = 0, without noise, that is to the x_hat of the last time.
+for every target and schedule. It goes through a decreasing grid of times, and its last step is the same for all: to
+sigma = 0, without noise, that is to the x_hat of the last time.
 
     ancestral  p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), the thesis's
     ddim       x_hat and eps_hat put together again at the next time, plus eta times the noise of `ancestral`
     sde        Euler-Maruyama on the reverse SDE        dz = (f z - g^2 score) dt + g dw
     euler      Euler on the probability flow ODE        dz = (f z - g^2 score / 2) dt
     heun       Heun on it, second order, two evaluations a step
-    dpmpp      DPM-Solver++(2M): x_hat extrapolated linearly in log-SNR, everything else in that ODE solved exactly
+    dpmpp      DPM-Solver++(2M): x_hat extrapolated to the middle of the step in log-SNR, that ODE with it solved exactly
 
 Not here: guidance; the likelihood that goes with the ODE (`likelihood.py`).
 
@@ -84,7 +84,8 @@ def dpmpp(denoise, z, times, schedule, noise):
             x_before, h_before = previous
             ahead = x_hat + h / (2 * h_before) * (x_hat - x_before)                            # r = h_before / h
         z = schedule.sigma(s) / schedule.sigma(t) * z - schedule.alpha(s) * torch.expm1(-h) * ahead
-        previous = x_hat, h
+        if h > 0:                                  # in float32 neighbouring times near the ends can be the same
+            previous = x_hat, h
     return denoise(z, times[-1])[0]
 
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import likelihood
 import losses
+import metrics
 import plots
 import reproduce
 import run
@@ -140,13 +141,18 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
         patch.setattr(likelihood, "evaluate", never)
         call("table4.1"), call("fig4.12"), call("steps"), call("likelihood")
         assert (folder / "results" / "table4.1.md").read_text() == text
-    made = folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1"
+    made, judged = folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1", []
     before = (made / "steps-16-2000" / "samples.npy").read_bytes()
     os.utime(made / "ckpt.pt", ((made / "steps-16-2000" / "metrics.json").stat().st_mtime + 10,) * 2)  # trained again since
     calls, original = [], sample.draw
     monkeypatch.setattr(sample, "draw", lambda states, *rest, **how: calls.append((len(states), *rest[:3])) or original(states, *rest, **how))
     call("table4.1")
     assert calls == [(1, 16, 2000, 1)]
+    evaluate = likelihood.evaluate
+    os.utime(made / "likelihood-500-4-3.json", (0, 0))
+    monkeypatch.setattr(likelihood, "evaluate", lambda *args, **kw: judged.append(args) or evaluate(*args, **kw))
+    call("likelihood")
+    assert len(judged) == 1
     assert np.allclose(np.frombuffer(before[128:], np.float32), np.load(made / "steps-16-2000" / "samples.npy").ravel(), atol=1e-3)
     (made / "ckpt.pt").unlink()
     with pytest.raises(AssertionError, match="done twice"):
@@ -172,6 +178,14 @@ def test_the_table_of_steps(study):
     assert not rows[3][3].endswith("+- 0.000")                       # other noise for every seed
     exact = float(rows[3][3].split()[0]), float(rows[3][6].split()[0])
     assert 0.08 < exact[0] < 0.2 and 0.1 < exact[1] < 0.25               # the exact denoiser at 16 steps
+    samples = [samplers.sample(DATASETS["rings"].optimal_model("v", COSINE), (2000, 2), 16, target="v", schedule=COSINE,
+                               generator=run.generator("cpu", seed, "sample")) for seed in range(2)]
+    real = train_points.test_set("rings")
+    assert rows[3][3] == expected_cell([metrics.covariance_distance(x, real).item() for x in samples])
+    densities = [DATASETS["rings"].log_prob(x).mean().item() - made[0]["log_density_data"] for x in samples]
+    assert rows[3][6].startswith(expected_cell(densities))
+    for column in 1, 2, 3:
+        assert rows[4][column] == "{mean:.3f} +- {std:.3f}".format(**made[0]["covariance_distance_floor"])
 
 
 def metrics_of(folder, data, target, name):
@@ -201,6 +215,8 @@ def test_the_tables_of_samplers(study):
                         assert (made[0]["sampler"], made[0]["grid"], made[0]["steps"]) == (sampler, grid, n)
                     expected.append(reached)
                 assert found == " / ".join(expected)
+    clusters = metrics_of(folder, "clusters", "v", "steps-16-2000")[0]
+    assert few[5][3:5] == ["{mean:.3f} +- {std:.3f}".format(**clusters[f"{d}_floor"]) for d in distances]
     data, how, n, *cells = few[4]
     assert (data, how, n) == ("clusters", "dpmpp, logsnr", "16")
     made = metrics_of(folder, "clusters", "v", "steps-16-2000-dpmpp-logsnr")
@@ -253,7 +269,16 @@ def test_the_table_of_likelihoods(study):
         assert row[3:5] == [reproduce.cell(found["bound"]), reproduce.cell(found["exact"])] and row[5] == f"{h:.3f}"
         assert row[6:] == [reproduce.cell([value - h for value in found["bound"]]), reproduce.cell([value - h for value in found["exact"]]),
                            reproduce.cell(found["median"])]
-    assert "the first 500 test points" in text and "(clusters)" in text and "(4 draws" in text
+    assert "the first 500 test points" in text and "(4 draws" in text
+    ratios = [float(value) for value in re.findall(r"([\d.]+) \((?:clusters|rings|swiss_roll|waves)\)", text)]
+    assert len(ratios) == 4 and min(ratios) > 3                            # t uniform has the larger variance
+    errors = {"bound": [], "exact": []}
+    for path in (folder / "runs").glob("*/*/likelihood-500-4-3.json"):
+        for name in errors:
+            gap, error = json.loads(path.read_text())[f"{name} gap"]
+            errors[name] += [error] if -1 < gap < 1 else []
+    said = [f"at most {max(values):.3f}" if values else "not small" for values in errors.values()]
+    assert f"below 1 nat is {said[0]} for the bound" in text and f"and {said[1]} for the flow" in text
 
 
 def test_every_figure_is_drawn_and_indexed(study, capsys):

@@ -66,7 +66,6 @@ def test_ancestral_sampling_starts_with_the_variance_of_standardised_data(name):
 
 def test_ancestral_sampling_inverts_the_target_it_is_given():
     """The same denoiser, spoken as x, eps, v, stabilised s and u, draws the same samples."""
-    from datasets2d import DATASETS
     data, schedule, runs = DATASETS["clusters"], SCHEDULES["cosine"], {}
     for target, d in ("x", 0), ("eps", 0), ("v", 0), ("s", 0.01), ("u", 0):
         runs[target] = samplers.sample(data.optimal_model(target, schedule, d), (50, 2), 20, target=target,
@@ -281,6 +280,16 @@ def test_a_stack_is_its_members_with_every_sampler():
         draw = lambda model, target: samplers.sample(model, (10, 2), 6, target=target, schedule=schedule, sampler=sampler,
                                                      generator=torch.Generator().manual_seed(2), dtype=F64)
         assert_close(draw(both, ["x", "v"]), torch.cat([draw(first, "x"), draw(second, "v")]))
+
+
+def test_times_that_are_the_same_in_float32_do_no_harm():
+    """512 of Karras's times from 1 - 1e-6 on."""
+    times = samplers.GRIDS["karras"](512, SCHEDULES["cosine"], 1e-6, dtype=torch.float32)
+    assert (times.diff() == 0).any()
+    data = DATASETS["clusters"]
+    samples = samplers.sample(data.optimal_model("x", SCHEDULES["cosine"]), (500, 2), 512, target="x", schedule=SCHEDULES["cosine"],
+                              sampler="dpmpp", grid="karras", t_min=1e-6, generator=torch.Generator().manual_seed(0))
+    assert abs(data.log_prob(samples).mean() + 0.96) < 0.15
 
 
 def test_unknown_names_and_too_few_steps():
