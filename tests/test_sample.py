@@ -195,7 +195,7 @@ def test_exit_codes_from_a_shell(tmp_path):
     code, lines = call("--ckpt", "nowhere")
     assert code == 1 and len(lines) == 1 and "train one first" in lines[0]
     code, lines = call("--steps", "0")
-    assert code == 2 and "must be at least 1" in lines[-1]
+    assert code == 2 and "--steps: must be in [1, 1000000], got 0" in lines[-1]
 
 
 def test_sampler_and_grid_reach_the_samples_and_the_record(trained, tmp_path, capsys):

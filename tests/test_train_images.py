@@ -182,11 +182,11 @@ def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeyp
     (schedule, grid), = seen
     assert schedule == grid["schedule"] == ddpm.SCHEDULES["ve"] and (grid["stabiliser"], grid["t_min"]) == (0.02, 0.05)
     sample.main(["--ckpt", str(only(tmp_path)), "--steps", "2", "--num-samples", "2", "--batch-size", "2", "--t-min", "0.1",
-                 "--seed", "7", "--device", "cpu"])
-    assert seen[1][1]["t_min"] == 0.1
+                 "--seed", "7", "--sampler", "ddim", "--eta", "0.5", "--grid", "karras", "--device", "cpu"])
+    assert [seen[1][1][key] for key in ("t_min", "sampler", "eta", "grid")] == [0.1, "ddim", 0.5, "karras"]
     settings = json.loads((only(tmp_path) / "samples/settings.json").read_text())
-    assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, t_min=0.1, clip=True,
-                                                sampling_seed=7, batch_size=2, precision="fp32")
+    assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, sampler="ddim", eta=0.5, grid="karras",
+                                                t_min=0.1, clip=True, sampling_seed=7, batch_size=2, precision="fp32")
     with train_images.autocast(dict(precision="bf16"), torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu")
 
@@ -387,7 +387,7 @@ def test_sampling_goes_on_with_what_is_missing(drawn, monkeypatch):
     before = {path.name: path.read_bytes() for path in out.glob("samples/*.png")}
     (out / "samples/00005.png").unlink()
     batches, original = [], train_images.draw
-    monkeypatch.setattr(train_images, "draw", lambda *args: batches.append(args) or original(*args))
+    monkeypatch.setattr(train_images, "draw", lambda *args, **kw: batches.append(args) or original(*args, **kw))
     sample.main(argv)
     assert len(batches) == 1 and {path.name: path.read_bytes() for path in out.glob("samples/*.png")} == before
     sample.main([*argv, "--num-samples", "13"])            # one more: the picture 8 ... 11 and 12 ... 15
@@ -426,7 +426,7 @@ def test_fid_of_a_run(trained, folder, drawn, monkeypatch, capsys):
     expected = metrics.frechet_distance(*of(images.read_folder(out / "samples")), *of(images.load(str(folder), "train"))).item()
     result = json.loads((out / "metrics.json").read_text())
     assert result["fid"] == pytest.approx(expected, rel=1e-6) and result["fid_reference"] == 40
-    assert "10 samples (EMA, ancestral, 3 steps, clipped) against 40 pictures of" in capsys.readouterr().out
+    assert "10 samples (EMA, sampler ancestral, grid t, 3 steps, clipped) against 40 pictures of" in capsys.readouterr().out
     cached, = (out / "cache").glob("*.npz")
     assert "train" in cached.name and "3x8x8" in cached.name
 
