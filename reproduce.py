@@ -493,13 +493,20 @@ RESULTS = {
                   "x and s with the thesis's losses are the worst and not the best"),
     "table4.2":  (table4_2, "losses and FID of pictures for x, eps and v", "what so many minutes of training give"),
     "likelihood": (likelihoods, "variational bound and exact log-likelihood of every set, target and loss, beside the entropy",
-                   "what each network lacks of the best possible, in nats"),
+                   "by the exact log-likelihood v with the weighted loss is the best on all four sets, by the bound v or s with a "
+                   "NELBO; the flow of s loses a few points altogether, which is what its means show"),
     "steps":     (steps, "how many network evaluations each sampler needs",
-                  "beyond 64 ancestral steps x draws the rings thinner and thinner, v does not"),
+                  "beyond 64 ancestral steps x draws the rings thinner and thinner, v does not; v comes to the floor with 8 to 64 "
+                  "evaluations of dpmpp on the grid t; eps and s need noise to get there, and with few the grid logsnr to come near"),
     "steps-covariance": (over_evaluations("covariance_distance"), "covariance distance over network evaluations, every set, target "
-                         "and sampler", "what its caption says"),
+                         "and sampler, grid t",
+                         "v comes to the floor (data against data; grey: two of its standard deviations) with all samplers, first with "
+                         "dpmpp; eps and s do only with ancestral and sde, which add noise, but for eps on the clusters; x gets worse with "
+                         "more than 64 evaluations"),
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"), "sliced Wasserstein distance over network evaluations, every set, "
-                          "target and sampler", "what its caption says"),
+                          "target and sampler, grid t",
+                          "as by the covariance distance, but x never comes to the floor on the rings and the waves, and v on the rings "
+                          "with 64 evaluations at the earliest"),
     "fig3.2":    (fig3_2, "log-SNR of the three schedules", "the cosine changes slowest in the middle and is infinite at both ends; t from 0.001 to 0.999"),
     "fig4.1":    (fig4_1, "the four sets, 50,000 points each", "mean 0 and variance 1 per axis, for all four"),
     "fig4.2":    (fig4_2, "their diffusion with the cosine schedule", "at t = 0.4 the shape is nearly gone, at t = 1 all are one Gaussian"),
@@ -542,8 +549,8 @@ TABLES = table4_1, table4_2, likelihoods, steps
 def write_index(out):
     """README.md of the results folder from index.json: the pictures that are there, what to see, command, time, machine."""
     index = json.loads((out / "index.json").read_text())
-    text = ["# Results", "", "Times are those of the call that made the file, when the trained networks were there already; "
-            "table4.1.md has the times of training and sampling. A dashed line is the best possible, computed with the exact "
+    text = ["# Results", "", "Times are those of the call that made the file, when the trained networks and most of what it "
+            "measures of them were there already; ../README.md has the others. A dashed line is the best possible, computed with the exact "
             "denoiser; a band goes from the least to the largest seed.", ""]
     for name, (_, title, see) in RESULTS.items():
         if name in index:
