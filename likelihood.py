@@ -181,8 +181,9 @@ def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=N
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network for the ODE.
 
     x: points (n, 2), or pictures as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first num_ode
-    of them (all); draws and steps are those of `bound`, ode_steps, tolerance and probes of `log_likelihood`. Pictures have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255), the bins' width:
-    on average it is not below -log P(x) (Theis et al. 2016).
+    of them (all); draws and steps are those of `bound`, ode_steps, tolerance and probes of `log_likelihood`. Pictures have a
+    density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255), the bins'
+    width: on average it is not below -log P(x) (Theis et al. 2016).
     """
     pictures, objective = x.ndim > 2, losses.objective(config)
     shared = {key: objective[key] for key in ("target", "schedule", "stabiliser")} | dict(t_min=t_min, generator=generator)
