@@ -194,9 +194,10 @@ class UNet(nn.Module):
 
 def flop(model, shape):
     """FLOP of one forward pass of one picture of `shape` (C, H, W): two for each multiply and add."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # torch 2.11 counts no fused one
         model(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device))
     return counter.get_total_flops()
 
