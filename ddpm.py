@@ -1,7 +1,8 @@
 r"""The diffusion process: noise schedules, forward process, posterior (thesis 3.1.1, 3.1.2), and its SDE (slides).
 
 Read this first, then `targets.py` (what the network predicts) and `losses.py` (how its errors are weighed). Equation
-numbers are the thesis's; VDM is *Demystifying Variational Diffusion Models* (Ribeiro and Glocker 2024).
+numbers are the thesis's; VDM is *Demystifying Variational Diffusion Models* (Ribeiro and Glocker 2024), Foundations is
+*Foundations of Diffusion Models* (Grzybowski 2026), slides are *Diffusion Models* (Beigy, lecture of 2025).
 
 A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sigma^2), strictly decreasing in t in
 [0, 1]. Everything else follows from it. Times are tensors of shape (B,) or (), data are (B, ...); every function works

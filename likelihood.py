@@ -4,7 +4,7 @@ Read `losses.py` and `samplers.py` first. Thesis 3.1.2, Eq. (3.6); VDM 3.6 - 3.1
 
     -log p(x) <= prior          KL of q(z_1 | x) from p(z_1), what sampling starts with
                + reconstruction E[-log p(x | z_0)]
-               + diffusion      E[1/2 (SNR(s) - SNR(t)) |x_hat - x|^2] summed over T steps, or its limit, `losses.nelbo`
+               + diffusion      E[1/2 (SNR(s) - SNR(t)) |x_hat - x|^2] summed over T steps, or its limit, D times the loss `nelbo`
 
 z_0 and z_1 are the z at t_min and 1 - t_min. All are sums over dimensions, in nats, one number for each example. Pictures have 256
 grey levels, their likelihood is a probability; that of points is a density. The ODE turns data into noise one to one: the

@@ -497,16 +497,17 @@ RESULTS = {
                    "NELBO; the flow of s loses a few points altogether, which is what its means show"),
     "steps":     (steps, "how many network evaluations each sampler needs",
                   "beyond 64 ancestral steps x draws the rings thinner and thinner, v does not; v comes to the floor with 8 to 64 "
-                  "evaluations of dpmpp on the grid t; eps and s need noise to get there, and with few the grid logsnr to come near"),
+                  "evaluations of dpmpp on the grid t; eps and s need noise to get there, but for the clusters, and with few "
+                  "evaluations the grid logsnr to come near"),
     "steps-covariance": (over_evaluations("covariance_distance"), "covariance distance over network evaluations, every set, target "
                          "and sampler, grid t",
                          "v comes to the floor (data against data; grey: two of its standard deviations) with all samplers, first with "
-                         "dpmpp; eps and s do only with ancestral and sde, which add noise, but for eps on the clusters; x gets worse with "
-                         "more than 64 evaluations"),
+                         "dpmpp (on the rings and the Swiss roll as soon with euler); eps and s do only with ancestral and sde, which "
+                         "add noise, but for eps on the clusters; x gets worse with more than 64 evaluations"),
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"), "sliced Wasserstein distance over network evaluations, every set, "
                           "target and sampler, grid t",
-                          "as by the covariance distance, but x never comes to the floor on the rings and the waves, and v on the rings "
-                          "with 64 evaluations at the earliest"),
+                          "as by the covariance distance, but euler is the first or among the first for v, x never comes to the floor on "
+                          "the rings and the waves, and v on the rings with 64 evaluations at the earliest"),
     "fig3.2":    (fig3_2, "log-SNR of the three schedules", "the cosine changes slowest in the middle and is infinite at both ends; t from 0.001 to 0.999"),
     "fig4.1":    (fig4_1, "the four sets, 50,000 points each", "mean 0 and variance 1 per axis, for all four"),
     "fig4.2":    (fig4_2, "their diffusion with the cosine schedule", "at t = 0.4 the shape is nearly gone, at t = 1 all are one Gaussian"),

@@ -2,14 +2,15 @@ r"""Samplers: from noise to data in so many evaluations of the network (VDM 3.7.
 
 Read `ddpm.py` and `targets.py` first. A sampler sees a network as a denoiser, (z, t) -> x_hat, eps_hat, so that it is written once
 for every target and schedule. It goes through a decreasing grid of times, and its last step is the same for all: to
-sigma = 0, without noise, that is to the x_hat of the last time.
+sigma = 0, without noise, that is to the x_hat of the last time. f and g^2 are `drift` and `diffusion_sq` of the schedule, w is
+Brownian motion.
 
     ancestral  p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), the thesis's
     ddim       x_hat and eps_hat put together again at the next time, plus eta times the noise of `ancestral`
     sde        Euler-Maruyama on the reverse SDE        dz = (f z - g^2 score) dt + g dw
     euler      Euler on the probability flow ODE        dz = (f z - g^2 score / 2) dt
     heun       Heun on it, second order, two evaluations a step
-    dpmpp      DPM-Solver++(2M): x_hat extrapolated to the middle of the step in log-SNR, that ODE with it solved exactly
+    dpmpp      DPM-Solver++(2M): x_hat extrapolated to the middle of the step in log-SNR, with it that ODE solved exactly
 
 Not here: guidance; the likelihood that goes with the ODE (`likelihood.py`).
 
@@ -94,7 +95,10 @@ EVALUATIONS = {"heun": 2}                          # of the network in every ste
 
 
 def uniform_t(n, schedule, t_min, **like):
-    """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min]; i = n, ..., 1."""
+    """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min]; i = n, ..., 1.
+
+    The last time is one step above t_min, from where x_hat is the sample; the other grids end at t_min itself.
+    """
     return t_min + (1 - 2 * t_min) * torch.arange(n, 0, -1, **like) / n
 
 
