@@ -78,32 +78,17 @@ def discretised(x, eps, logsnr):
     return -nats(log_prob_level(x, x + std * eps, std))
 
 
-def draw_t(shape, schedule, t_min=1e-3, uniform="logsnr", generator=None, dtype=torch.float32):
-    """Draw t with log-SNR, or t itself, uniform between t_min and 1 - t_min -> t, its density p(t), both of `shape`.
-
-    The diffusion term is the mean of its integrand divided by p(t). With log-SNR uniform that is the squared error of
-    eps_hat times a constant: the weight -1/2 dlogsnr/dt is gone, and with it most of the variance (VDM 4.6, Eq. 4.123).
-    Stratified over the last axis, see `losses.sample_t`.
-    """
-    if uniform == "t":
-        t = losses.sample_t(shape, t_min, generator, dtype)
-        return t, torch.full_like(t, 1 / (1 - 2 * t_min))
-    low, high = schedule.ends(t_min)
-    t = schedule.t(low + (high - low) * losses.sample_t(shape, 0.0, generator, dtype))
-    return t, -schedule.dlogsnr(t) / (high - low)
-
-
 @torch.no_grad()
 def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, uniform="logsnr", draws=16, t_min=1e-3,
           stabiliser=0.0, generator=None):
     """The bound on -log p(x) for each example, Eq. (3.6), VDM 3.60: x (B, ...) -> dict of (B,) in nats.
 
     "prior", "reconstruction" and "diffusion" sum to the bound; "error" is the standard error of the last over its draws of t
-    and noise. steps: T of the discrete bound, Eq. (3.18); None is continuous time, Eq. (3.20), with t from `draw_t`.
+    and noise. steps: T of the discrete bound, Eq. (3.18); None is continuous time, Eq. (3.20), with t from `losses.draw_t`.
     """
     objective, dimensions = dict(target=target, schedule=schedule, stabiliser=stabiliser), x[0].numel()
     if steps is None:
-        t, density = draw_t((draws, len(x)), schedule, t_min, uniform, generator, x.dtype)
+        t, importance = losses.draw_t((draws, len(x)), schedule, t_min, "uniform" if uniform == "t" else uniform, generator, x.dtype)
     else:
         u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype)
         i = (u * steps).long().clamp(max=steps - 1) + 1
@@ -112,7 +97,8 @@ def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, un
     for k in range(draws):
         eps = noise()
         if steps is None:
-            diffusion.append(dimensions * losses.loss(model, x, t[k], eps, loss="nelbo", **objective) / density[k])
+            integral = (1 - 2 * t_min) * importance[k] * losses.loss(model, x, t[k], eps, loss="nelbo", **objective)
+            diffusion.append(dimensions * integral)
         else:
             diffusion.append(dimensions * losses.discrete_loss(model, x, i[k], eps, steps=steps, t_min=t_min, **objective))
         decoded.append(reconstruction(x, noise(), schedule.ends(t_min)[1]))

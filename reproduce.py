@@ -125,7 +125,7 @@ def judging_points(data, t_min=1e-3):
     """
     schedule, g = ddpm.SCHEDULES["cosine"], run.generator("cpu", "judge", data)
     x = DATASETS[data].sample(4 * train_points.POINTS, g)
-    t = likelihood.draw_t((len(x),), schedule, t_min, "logsnr", g, torch.float64)[0].float()
+    t = losses.draw_t((len(x),), schedule, t_min, "logsnr", g, torch.float64)[0].float()
     eps, (low, high) = torch.randn(x.shape, generator=g), schedule.ends(t_min)
     return ddpm.q_sample(x, t, eps, schedule), t, eps, 0.5 * (high - low) / (1 - 2 * t_min)
 

@@ -59,6 +59,8 @@ def parse(argv):
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule (cosine)")
     group.add_argument("--t-min", type=run.number(float, 1e-6, 0.49), default=1e-3,
                        help="t is uniform in [t_min, 1 - t_min] (0.001)")
+    group.add_argument("--t-density", choices=losses.T_DENSITIES, default="uniform",
+                       help="what is uniform in training, t or log-SNR; weights are divided by the density (uniform)")
     group.add_argument("--stabiliser", type=run.number(float, 0), default=0.0,
                        help="d in the score target -sigma eps / (sigma^2 + d) (0; the thesis's numbers: 0.01)")
     group.add_argument("--epochs", type=run.number(int, 1), help="passes over the data (50,000 points: 100, pictures: 500)")
@@ -115,8 +117,8 @@ def configs(args, **more):
 
     Pictures need more: their shape and the device's precision.
     """
-    shared = {"points": ["schedule", "t_min", "stabiliser", "epochs", "batch_size", "lr", "width"],
-              "pictures": ["schedule", "t_min", "stabiliser", "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm"]}
+    shared = {"points": ["schedule", "t_min", "t_density", "stabiliser", "epochs", "batch_size", "lr", "width"],
+              "pictures": ["schedule", "t_min", "t_density", "stabiliser", "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm"]}
     more |= {key: getattr(args, key) for key in shared[args.kind]}
     if args.kind == "pictures":
         more |= {key: getattr(args, key, None) or value for key, value in unet.PRESETS[args.preset].items()}

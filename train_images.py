@@ -66,7 +66,7 @@ def order(seed, epoch, n, device):
 
 
 def batch(pictures, step, config):
-    """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t (B,), on the device of the pictures.
+    """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the device of the pictures.
 
     An epoch goes through the pictures in an order of its own and leaves out the last, smaller batch.
     """
@@ -75,7 +75,8 @@ def batch(pictures, step, config):
     g = run.generator(device, seed, "noise", step)
     x = pictures[order(seed, epoch, len(pictures), device)[i * size:(i + 1) * size]]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
-    return x, losses.sample_t((size,), config["t_min"], g), torch.randn(x.shape, generator=g, device=device)
+    t, importance = losses.draw_t((size,), ddpm.SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
+    return x, t, torch.randn(x.shape, generator=g, device=device), importance
 
 
 def judges(config):
@@ -136,7 +137,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     pictures, test = sets[0].to(device), sets[1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
     ema = copy.deepcopy(model)
-    step, history, recent, seconds = 0, [], [], 0.0        # recent: (loss, norm of the gradient, errors, t) since the last test
+    step, history, recent, seconds = 0, [], [], 0.0        # recent: (loss, norm of the gradient, errors, t, importance) since the last test
     if state:
         for part, key in (model, "model"), (ema, "ema"), (optimizer, "optimizer"):
             part.load_state_dict(state[key])
@@ -169,8 +170,9 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
-        x, t, eps = batch(pictures, step, config)
-        z, y, w, t = (c[mine] for c in (*losses.regression(x, t, eps, **objective), t))
+        x, t, eps, importance = batch(pictures, step, config)
+        z, y, w = losses.regression(x, t, eps, **objective)
+        z, y, w, t, importance = (c[mine] for c in (z, y, w * importance, t, importance))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
         with autocast(config, device):
             y_hat = network(z, t)
@@ -183,7 +185,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         step += 1
         get_ema_multi_avg_fn(ema_decay(config["ema"], step))(average, list(model.parameters()), None)
 
-        recent.append((loss.detach(), norm.detach(), errors.detach(), t))
+        recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
         over = step == steps or seconds >= 60 * minutes
         if world > 1 and minutes < math.inf:                # the clock of the first process counts for all
@@ -195,13 +197,13 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         due = time.perf_counter() - saved >= SAVE_EVERY
         if step % test_every == 0 or over:
             check()
-            loss, norm, errors, t = columns()
+            loss, norm, errors, t, importance = columns()
             if world > 1:
                 distributed.all_reduce(loss)
             entry = dict(step=step, epoch=step * config["batch_size"] / len(pictures), train_loss=loss.mean().item() / world,
                          gradient_norm=norm.mean().item(), **evaluate(ema, test, config, device))
-            over_t = losses.over_t(errors.flatten(), t.flatten(), config["t_min"]).tolist()     # nan where no t fell
-            entry["train_loss_over_t"] = [float(f"{value:.5g}") if value == value else None for value in over_t]
+            over_t = losses.over_t(errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten()).tolist()
+            entry["train_loss_over_t"] = [float(f"{value:.5g}") if value == value else None for value in over_t]      # nan where no t fell
             seconds = time.perf_counter() - start
             history.append(entry | dict(seconds=round(seconds, 3)))
             recent, due = [], True

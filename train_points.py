@@ -129,15 +129,14 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
             order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", epoch)).to(device)
             g = run.generator(device, seed, "noise", epoch)
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, 2)
-            t = losses.sample_t((steps, batch_size), config["t_min"], g).flatten()
-            draws[key] = x, t, torch.randn(x.shape, generator=g, device=device)
-    regressions, times = [], []
+            t, importance = losses.draw_t((steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
+            draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
+    batches = []
     for config in configs:
-        x, t, eps = draws[config["seed"], config["data"]]
-        regressions.append(losses.regression(x, t, eps, **losses.objective(config)))
-        times.append(t)
-    z, y, w = (stack.interleave(c, batch_size) for c in zip(*regressions))                  # (steps, M * batch_size, ...)
-    t = stack.interleave(times, batch_size)
+        x, t, eps, importance = draws[config["seed"], config["data"]]
+        z, y, w = losses.regression(x, t, eps, **losses.objective(config))
+        batches.append((z, t, y, w * importance, importance))
+    z, t, y, w, importance = (stack.interleave(c, batch_size) for c in zip(*batches))       # (steps, M * batch_size, ...)
 
     errors = torch.empty_like(t)
     for i in range(steps):
@@ -147,8 +146,9 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
         group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
         errors[i] = step(z[i], t[i], y[i], w[i])
         on_step()
-    errors, t = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t))   # (M, steps, batch_size)
-    return errors.mean(2).T, losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"])
+    errors, t, importance = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t, importance))
+    over_t = losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"], importance=importance.flatten(1))
+    return errors.mean(2).T, over_t                                                         # errors are (M, steps, batch_size)
 
 
 def train_stack(runs, device, on_step, on_epoch):
