@@ -1,12 +1,12 @@
-"""How fast training and sampling are: of points beside the loop everybody writes, of pictures beside other UNets.
+"""How fast training and sampling are: of points beside the loop everybody writes, of images beside other UNets.
 
     python bench.py                                        # points, on the GPU if there is one, else on the CPU
     python bench.py --device cpu --width 256
-    python bench.py unet                                   # pictures; the UNets of diffusers and denoising-diffusion-pytorch
+    python bench.py unet                                   # images; the UNets of diffusers and denoising-diffusion-pytorch
                                                            # join where they are installed
 
 Points: all loops train the same network on the same points with the same batch size and optimiser. Times are per network and
-step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by their number. Pictures: all networks have as
+step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by their number. Images: all networks have as
 many channels, blocks and layers; FLOP are counted (two for a multiply and add; training is three forward passes) and
 compared with a large product of matrices in the same run. Rounds alternate and the median counts. Peak memory is the
 process's resident set on a CPU and torch's allocations on CUDA.
@@ -22,11 +22,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import kind_points
 import likelihood
 import losses
 import run
-import sample
 import samplers
+import settings
 import stack
 import train
 import train_points
@@ -71,19 +72,24 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
+def opened(config, weights):
+    """A run that is in no folder."""
+    return run.Run("bench", dict(config=config, model=weights, history=[]))
+
+
 def points(args, device):
     """Training and sampling of points."""
     args.batch_size = args.batch_size or 512
     print(f"torch {torch.__version__}, {run.device_name(device)}, batch {args.batch_size}, width {args.width}")
 
     shape = [f"--batch-size={args.batch_size}", f"--width={args.width}"]
-    config, = train.configs(train.parse([f"--target={args.target}", *shape]))
-    members = train.configs(train.parse(["--target", "x", "eps", "v", "s", "--loss", "mse", "nelbo", *shape,
+    config, = settings.configs(train.parse([f"--target={args.target}", *shape]))
+    members = settings.configs(train.parse(["--target", "x", "eps", "v", "s", "--loss", "mse", "nelbo", *shape,
                                          f"--seeds={1 if device.type == 'cpu' else 12}"]))
     stacked = f"stack of {len(members)}"
-    data = DATASETS["rings"].sample(train_points.POINTS)
-    ours, plain = train_points.build_model(config).to(device), plain_model(args.width).to(device)
-    many = train_points.build_model(config, len(members)).to(device)
+    data = DATASETS["rings"].sample(kind_points.POINTS)
+    ours, plain = kind_points.build_model(config).to(device), plain_model(args.width).to(device)
+    many = kind_points.build_model(config, len(members)).to(device)
     our_optimizer, many_optimizer = train_points.build_optimizer(ours, config), train_points.build_optimizer(many, config)
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True, drop_last=True)
@@ -96,7 +102,7 @@ def points(args, device):
              "network alone": lambda: network_epoch(ours, data, config),
              stacked: lambda: train_points.train_epoch(many_step, many_optimizer, len(members) * [data], 0, members)}
     if device.type == "cuda":                               # what train.py does with one network there
-        alone = train_points.build_model(config).to(device)
+        alone = kind_points.build_model(config).to(device)
         alone_optimizer = train_points.build_optimizer(alone, config)
         alone_step = train_points.ready_step(alone, alone_optimizer, 1, args.batch_size)
         loops["captured"] = lambda: train_points.train_epoch(alone_step, alone_optimizer, [data], 0, [config])
@@ -112,10 +118,10 @@ def points(args, device):
 
     n, steps = 10_000, 32
     for name, model, configs in ("train.py", ours, [config]), (stacked, many, members):
-        states = [{"config": c, "model": stack.member(model.state_dict(), m)} for m, c in enumerate(configs)]
-        draw = lambda: sample.draw(states, steps, n, device=device)
+        runs = run.Stack([opened(c, stack.member(model.state_dict(), m)) for m, c in enumerate(configs)])
+        draw = lambda: kind_points.draw(runs, steps, n, device=device)
         draw()
-        step = statistics.median(seconds(draw, device) for _ in range(3)) / steps / len(states)
+        step = statistics.median(seconds(draw, device) for _ in range(3)) / steps / len(configs)
         print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step {flop / 3 / args.batch_size * n / step / 1e9:7.1f} GFLOP/s"
               f"   {n:,} points")
     evaluations(ours, config, n, steps, device)
@@ -127,7 +133,7 @@ def evaluations(model, config, n, steps, device):
 
     An evaluation of the likelihood has a forward pass and two backward passes to z, one a dimension, in float64.
     """
-    states, times = [{"config": config, "model": model.state_dict()}], {}
+    one, times = opened(config, model.state_dict()), {}
     in_cache = stack.in_chunks(model, 1, 5000 if device.type == "cpu" else 2**20)
     z, t = torch.randn(n, 2, device=device), torch.full((n,), 0.5, device=device)
 
@@ -137,14 +143,14 @@ def evaluations(model, config, n, steps, device):
             in_cache(z, t)
     contenders = {"network alone": (alone, steps)}
     for name in samplers.SAMPLERS:
-        contenders[name] = functools.partial(sample.draw, states, steps, n, device=device, sampler=name), steps - (name == "heun")
+        contenders[name] = functools.partial(kind_points.draw, one, steps, n, device=device, sampler=name), steps - (name == "heun")
     for name, (function, count) in contenders.items():
         function()
         times[name] = statistics.median(seconds(function, device) for _ in range(3)) / count
         print(f"sampling    {name:13s} {n / times[name] / 1e6:7.2f} million evaluations/s   network alone / this "
               f"{times['network alone'] / times[name]:.2f}   {n:,} points, {count} evaluations")
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    network, x = sample.build_model(states, device).to(dtype).requires_grad_(False), z.to(dtype)
+    network, x = one.model(device).to(dtype), z.to(dtype)
     objective = losses.objective(config)
     nll = lambda: [likelihood.log_likelihood(network, part, target=config["target"], schedule=objective["schedule"])[1]
                    for part in x.split(5000)]
@@ -210,7 +216,7 @@ def unet_sample(network, optimizer, precision, z, t):
         network(z, t)
 
 
-def pictures(args, device):
+def images(args, device):
     """Training and sampling with the UNet of `unet.PRESETS["ddpm"]`, each network in bf16 and in fp32 (on CUDA tf32)."""
     batch, preset = args.batch_size or (16 if device.type == "cpu" else 128), unet.PRESETS["ddpm"]
     preset = preset | dict(channels=args.channels)
@@ -250,14 +256,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["points", "unet"], default="points", help="(points)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    parser.add_argument("--batch-size", type=run.number(int, 1, train_points.POINTS),
-                        help="(points: 512; pictures: 16 on a CPU, else 128)")
-    parser.add_argument("--width", type=run.number(int, 1), default=128, help="of the hidden layers, points (128)")
+    parser.add_argument("--batch-size", type=settings.number(int, 1, kind_points.POINTS),
+                        help="(points: 512; images: 16 on a CPU, else 128)")
+    parser.add_argument("--width", type=settings.number(int, 1), default=128, help="of the hidden layers, points (128)")
     parser.add_argument("--target", choices=TARGETS, default="eps", help="of our loop, points (eps)")
-    parser.add_argument("--channels", type=run.number(int, 32), default=128, help="of the UNets' first block (128)")
-    parser.add_argument("--rounds", type=run.number(int, 1), default=7, help="epochs or steps of each (7)")
+    parser.add_argument("--channels", type=settings.number(int, 32), default=128, help="of the UNets' first block (128)")
+    parser.add_argument("--rounds", type=settings.number(int, 1), default=7, help="epochs or steps of each (7)")
     args = parser.parse_args(argv)
-    (points if args.what == "points" else pictures)(args, run.device(args.device))
+    (points if args.what == "points" else images)(args, run.device(args.device))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ only samples but the log-density, and after diffusion to z = alpha x + sigma eps
 score, and E[x | z], the best possible denoiser: what every result of this project is compared with. The centres on a
 curve are so close (at most 0.14 standard deviations apart) that more of them change nothing.
 
-The thesis shows its sets only as pictures. The shapes here are inferred: the 32 losses of its Table 4.1 lie between 1 %
+The thesis shows its sets only as images. The shapes here are inferred: the 32 losses of its Table 4.1 lie between 1 %
 below and 7 % above what the exact denoiser of these sets gets (ERRATA.md entry 8).
 
 Not here: images, and how training draws its batches (`train.py`).
 
-    python datasets2d.py  # the sets as a picture, datasets2d.png
+    python datasets2d.py  # the sets as a image, datasets2d.png
 """
 import math
 from dataclasses import dataclass

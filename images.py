@@ -1,11 +1,11 @@
-"""Sets of pictures, decoded once and kept as one uint8 tensor (N, C, H, W) (thesis 4.1.2, Fig. 4.3).
+"""Sets of images, decoded once and kept as one uint8 tensor (N, C, H, W) (thesis 4.1.2, Fig. 4.3).
 
-A set is a row of IMAGES, fetched by torchvision into --data-dir, or any folder of pictures. The network sees floats in
+A set is a row of IMAGES, fetched by torchvision into --data-dir, or any folder of images. The network sees floats in
 [-1, 1], made batch by batch: uint8 is a quarter of the memory, so all of CIFAR-10 (184 MB) fits on a GPU.
 
 Not here: how training draws its batches (`train.py`), and labels: no model of the thesis is told the class.
 
-    python images.py                       # CIFAR-10: 100 random pictures, images.png; mean and standard deviation
+    python images.py                       # CIFAR-10: 100 random images, images.png; mean and standard deviation
     python images.py photos --image-size 64
 """
 import argparse
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import run
+import settings
 
 IDX = "-ubyte.gz, ".join(["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"]) + "-ubyte.gz"
 IMAGES = {  # torchvision's class, the folder under --data-dir where it looks for its files, the files, their address
@@ -45,82 +46,82 @@ def to_uint8(x):
 
 
 def flip(x, generator):
-    """Mirror each picture of a batch (B, C, H, W) left to right with probability 1/2."""
+    """Mirror each image of a batch (B, C, H, W) left to right with probability 1/2."""
     mirrored = torch.rand(len(x), generator=generator, device=generator.device).to(x.device) < 0.5              # (B,)
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
 def find(folder):
-    """Paths of all pictures under a folder, sorted; follows links, leaves out names that begin with a dot."""
+    """Paths of all images under a folder, sorted; follows links, leaves out names that begin with a dot."""
     if not Path(folder).is_dir():
-        raise SystemExit(f"no folder of pictures at {folder} - give the path of one, or one of {', '.join(IMAGES)}")
+        raise SystemExit(f"no folder of images at {folder} - give the path of one, or one of {', '.join(IMAGES)}")
     names = sorted(name for name in glob.glob("**", root_dir=folder, recursive=True) if name.lower().endswith(ENDINGS))
     if not names:
-        raise SystemExit(f"no pictures under {folder} - put some there, their names must end in one of {' '.join(ENDINGS)}")
+        raise SystemExit(f"no images under {folder} - put some there, their names must end in one of {' '.join(ENDINGS)}")
     return [f"{folder}/{name}" for name in names]
 
 
 def is_grey(path):
-    """Does the header say that a picture has no colour? True if it cannot be read: that decode() will say."""
-    with contextlib.suppress(Exception), Image.open(path) as picture:
-        return picture.mode in GREY
+    """Does the header say that a image has no colour? True if it cannot be read: that decode() will say."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return image.mode in GREY
     return True
 
 
 def decode(path, mode, image_size):
-    """One picture, upright, of mode L or RGB -> uint8 (C, H, W). PIL raises many kinds of error if it is corrupt."""
-    with Image.open(path) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I"):
-            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-        picture = picture.convert(mode)
+    """One image, upright, of mode L or RGB -> uint8 (C, H, W). PIL raises many kinds of error if it is corrupt."""
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert(mode)
     if image_size is not None:
-        W, H = picture.size
+        W, H = image.size
         side = min(H, W)
         left, top = (W - side) // 2, (H - side) // 2
-        picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC,           # PIL's is antialiased
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC,           # PIL's is antialiased
                                  box=(left, top, left + side, top + side))
-    return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
 def readable(paths, mode, image_size, skip_corrupt):
-    """Yield path and picture (C, H, W) of each that can be decoded; SystemExit at another, or count it and go on."""
+    """Yield path and image (C, H, W) of each that can be decoded; SystemExit at another, or count it and go on."""
     skipped = 0
     for path in paths:
         try:
-            picture = decode(path, mode, image_size)
+            image = decode(path, mode, image_size)
         except Exception as error:
             if not skip_corrupt:
-                raise SystemExit(f"cannot read the picture {path} ({error}) - mend or delete it, or leave out all such with "
+                raise SystemExit(f"cannot read the image {path} ({error}) - mend or delete it, or leave out all such with "
                                  "--skip-corrupt") from None
             skipped += 1
         else:
-            yield path, picture
+            yield path, image
     if skipped:
-        print(f"skipped {skipped} of {len(paths)} pictures that cannot be read", file=sys.stderr)
+        print(f"skipped {skipped} of {len(paths)} images that cannot be read", file=sys.stderr)
 
 
 def read(paths, whole, image_size, skip_corrupt):
-    """The pictures `paths` of the set `whole`, by which all splits have one C and one size -> uint8 (N, C, H, W)."""
+    """The images `paths` of the set `whole`, by which all splits have one C and one size -> uint8 (N, C, H, W)."""
     how = "L" if all(map(is_grey, whole)) else "RGB", image_size, skip_corrupt
     first, like = next(readable(whole, *how), (None, np.empty(0)))
     x, n = np.empty((len(paths), *like.shape), np.uint8), 0
-    for n, (path, picture) in enumerate(readable(paths, *how), 1):
-        if picture.shape != like.shape:
-            (_, h, w), (_, H, W) = like.shape, picture.shape
-            raise SystemExit(f"pictures of mixed sizes: {first} is {w} x {h} and {path} is {W} x {H} - cut and resize all of "
+    for n, (path, image) in enumerate(readable(paths, *how), 1):
+        if image.shape != like.shape:
+            (_, h, w), (_, H, W) = like.shape, image.shape
+            raise SystemExit(f"images of mixed sizes: {first} is {w} x {h} and {path} is {W} x {H} - cut and resize all of "
                              "them with, say, --image-size 32")
-        x[n - 1] = picture
+        x[n - 1] = image
     if n == 0:
-        raise SystemExit(f"none of the {len(paths)} pictures, {paths[0]} ..., can be read - mend them or give another folder")
+        raise SystemExit(f"none of the {len(paths)} images, {paths[0]} ..., can be read - mend them or give another folder")
     return torch.from_numpy(x[:n])
 
 
 def read_folder(folder, image_size=None, skip_corrupt=False):
-    """All pictures under a folder, sorted by path -> uint8 (N, C, H, W), C = 1 if all are grey, else 3 (RGB).
+    """All images under a folder, sorted by path -> uint8 (N, C, H, W), C = 1 if all are grey, else 3 (RGB).
 
     With image_size the square in the middle, resized; without, all must have one size. 16-bit grey is divided by 256,
-    transparency ignored. SystemExit if there is no picture, or sizes differ, or one is corrupt and not to be skipped.
+    transparency ignored. SystemExit if there is no image, or sizes differ, or one is corrupt and not to be skipped.
     """
     paths = find(folder)
     return read(paths, paths, image_size, skip_corrupt)
@@ -128,7 +129,7 @@ def read_folder(folder, image_size=None, skip_corrupt=False):
 
 def fetch(data, split, data_dir):
     """A named set through torchvision -> uint8 (N, C, H, W). SystemExit if it cannot be fetched or is damaged."""
-    from torchvision import datasets                # here: runs on points need not wait a second for it
+    from torchvision import datasets  # here: runs on points need not wait a second for it
     kind, where, files, address = IMAGES[data]
     socket.setdefaulttimeout(10)                    # seconds; torchvision would wait minutes for a silent network
     try:
@@ -159,12 +160,12 @@ def load(data, split, data_dir="data", image_size=None, skip_corrupt=False):
         n = max(1, len(whole) // 10)
         paths = [whole[i] for i in sorted(order[:n] if split == "test" else order[n:])]
     if len(whole) < 2:
-        raise SystemExit(f"a single picture, {whole[0]} - two are needed at least, one to train on and one to test")
+        raise SystemExit(f"a single image, {whole[0]} - two are needed at least, one to train on and one to test")
     return read(paths, whole, image_size, skip_corrupt)
 
 
 def grid(x, columns, border=2):
-    """Pictures uint8 (N, C, H, W) in rows, white between and around them -> (C, H', W')."""
+    """Images uint8 (N, C, H, W) in rows, white between and around them -> (C, H', W')."""
     columns = min(columns, len(x))
     rows = -(-len(x) // columns)
     x = F.pad(x, (border, 0, border, 0, 0, 0, 0, rows * columns - len(x)), value=255)   # above, left; empty places
@@ -173,7 +174,7 @@ def grid(x, columns, border=2):
 
 
 def save_png(x, path):
-    """Write one picture uint8 (C, H, W), grey or RGB, as PNG, without loss, whole or not at all."""
+    """Write one image uint8 (C, H, W), grey or RGB, as PNG, without loss, whole or not at all."""
     buffer = io.BytesIO()
     Image.fromarray(x.cpu().permute(1, 2, 0).squeeze(2).numpy()).save(buffer, format="png")
     run.write(path, buffer.getbuffer())
@@ -181,11 +182,11 @@ def save_png(x, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", default="cifar10", help=f"{', '.join(IMAGES)} or a folder of pictures (cifar10)")
+    parser.add_argument("data", nargs="?", default="cifar10", help=f"{', '.join(IMAGES)} or a folder of images (cifar10)")
     parser.add_argument("--data-dir", default="data", help="where the named sets are or go (data)")
-    parser.add_argument("--image-size", type=run.number(int, 1), help="cut to squares and resize (as they are)")
+    parser.add_argument("--image-size", type=settings.number(int, 1), help="cut to squares and resize (as they are)")
     parser.add_argument("--skip-corrupt", action=argparse.BooleanOptionalAction, default=False,
-                        help="leave out pictures that cannot be read (no)")
+                        help="leave out images that cannot be read (no)")
     args = parser.parse_args(argv)
     for split in "test", "train":
         x = load(args.data, split, args.data_dir, args.image_size, args.skip_corrupt)
@@ -195,7 +196,7 @@ def main(argv=None):
               + " ".join(f"{m:.4f}" for m in mean) + ", standard deviation " + " ".join(f"{s:.4f}" for s in std))
     chosen = torch.randperm(N, generator=run.generator("cpu", "figure"))[:100]
     save_png(grid(x[chosen], 10), "images.png")
-    print(f"wrote images.png, {len(chosen)} random pictures of the train split")
+    print(f"wrote images.png, {len(chosen)} random images of the train split")
 
 
 if __name__ == "__main__":

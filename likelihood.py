@@ -6,7 +6,7 @@ Read `losses.py` and `samplers.py` first. Thesis 3.1.2, Eq. (3.6); VDM 3.6 - 3.1
                + reconstruction E[-log p(x | z_0)]
                + diffusion      E[1/2 (SNR(s) - SNR(t)) |x_hat - x|^2] summed over T steps, or its limit, D times the loss `nelbo`
 
-z_0 and z_1 are the z at t_min and 1 - t_min. All are sums over dimensions, in nats, one number for each example. Pictures have 256
+z_0 and z_1 are the z at t_min and 1 - t_min. All are sums over dimensions, in nats, one number for each example. Images have 256
 grey levels, their likelihood is a probability; that of points is a density. The ODE turns data into noise one to one: the
 log-density of the noise, and the divergence on the way, give that of the data without a bound, as a density.
 
@@ -20,20 +20,14 @@ import argparse
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
-from scipy.integrate import solve_ivp
 from torch.special import log_ndtr
 
-import images
 import losses
 import run
-import sample
 import samplers
-import train_images
-import train_points
-from datasets2d import DATASETS
+import settings
 
 
 def nats(c):
@@ -73,7 +67,7 @@ def log_prob_level(x, mean, std):
 
 
 def discretised(x, eps, logsnr):
-    """-log p(x | z_0) of pictures, N(z_0 / alpha, sigma^2 / alpha^2) on the 256 levels: (B, ...) -> (B,) in nats."""
+    """-log p(x | z_0) of images, N(z_0 / alpha, sigma^2 / alpha^2) on the 256 levels: (B, ...) -> (B,) in nats."""
     std = math.exp(-0.5 * logsnr)
     return -nats(log_prob_level(x, x + std * eps, std))
 
@@ -141,6 +135,7 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
     start, end = torch.tensor([t_min, 1 - t_min], **like)
     state = torch.cat([schedule.alpha(start) * x.flatten(1), x.new_zeros(len(x), 1)], 1)
     if tolerance:
+        from scipy.integrate import solve_ivp  # here: nothing else needs it
         numbers = lambda state: state.cpu().double().numpy().ravel()
         tensor = lambda numbers: torch.from_numpy(numbers).reshape(len(x), -1).to(**like)
         solution = solve_ivp(lambda t, state: numbers(slope(t, tensor(state))), (t_min, 1 - t_min), numbers(state),
@@ -166,23 +161,23 @@ def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=N
              t_min=1e-3, batch_size=5000, generator=None, progress=lambda done: None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network for the ODE.
 
-    x: points (n, 2), or pictures as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first num_ode
-    of them (all); draws and steps are those of `bound`, ode_steps, tolerance and probes of `log_likelihood`. Pictures have a
+    x: points (n, 2), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first num_ode
+    of them (all); draws and steps are those of `bound`, ode_steps, tolerance and probes of `log_likelihood`. Images have a
     density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255), the bins'
     width: on average it is not below -log P(x) (Theis et al. 2016).
     """
-    pictures, objective = x.ndim > 2, losses.objective(config)
+    data, objective = x.ndim > 2, losses.objective(config)
     shared = {key: objective[key] for key in ("target", "schedule", "stabiliser")} | dict(t_min=t_min, generator=generator)
     parts, num_ode = [], len(x) if num_ode is None else num_ode
     for i, rows in zip(range(0, len(x), batch_size), x.split(batch_size)):
         part = bound(model, rows, steps=steps, uniform=uniform, draws=draws, **shared,
-                     reconstruction=discretised if pictures else gaussian)
+                     reconstruction=discretised if data else gaussian)
         rows = rows[:max(0, num_ode - i)]
         if len(rows):
-            if pictures:
+            if data:
                 rows = rows + (2 * torch.rand(rows.shape, generator=generator, device=x.device) - 1) / 255
             log_p, part["evaluations"] = log_likelihood(model, rows, steps=ode_steps, tolerance=tolerance, probes=probes, **shared)
-            part["exact"] = -log_p - (rows[0].numel() * math.log(2 / 255) if pictures else 0)
+            part["exact"] = -log_p - (rows[0].numel() * math.log(2 / 255) if data else 0)
         parts.append(part)
         progress(min(i + batch_size, len(x)))
     evaluations = max(part.pop("evaluations", 0) for part in parts)
@@ -198,23 +193,12 @@ def mean_and_error(c):
     return c.double().mean().item(), c.double().std().item() / len(c)**0.5
 
 
-def load(config, args, device):
-    """The data that a run is judged on: points (n, 2) in float64, which nothing overflows, or float levels (n, C, H, W)."""
-    if config["data"] in DATASETS:
-        x = train_points.test_set(config["data"])[:args.num or 10_000]
-        return x.to(device) if device.type == "mps" else x.to(device, torch.float64)
-    x = images.load(config["data"], "test", args.data_dir, config["image_size"], config["skip_corrupt"])
-    order = torch.randperm(len(x), generator=run.generator("cpu", "likelihood"))       # of those in classes not the first alone
-    return images.to_float(x[order[:args.num or 500]]).to(device)
-
-
-def report(folder, config, terms, args, **facts):
-    """Print the terms -> what is in likelihood.json."""
-    n, dimensions = len(terms["bound"]), math.prod(config.get("shape", [2]))
-    result = dict(run=str(folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions, steps=args.steps,
+def report(one, terms, args, **facts):
+    """Print the terms of a Run -> what is in likelihood.json."""
+    n, dimensions, config = len(terms["bound"]), math.prod(one.config.get("shape", [2])), one.config
+    result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions, steps=args.steps,
                   uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance, t_min=args.t_min, seed=args.seed, **facts)
-    seconds, evaluations, device = facts["seconds"], facts["evaluations"], facts["device"]
-    print(f"{folder}: {n:,} {'points' if config['data'] in DATASETS else 'pictures'} of {config['data']}, {seconds:.1f} s on {device}\n"
+    print(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}, {facts['seconds']:.1f} s on {facts['device']}\n"
           f"{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
 
     def line(name, values, note=""):
@@ -226,71 +210,68 @@ def report(folder, config, terms, args, **facts):
     line("diffusion", terms["diffusion"], f"of the error at most {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
     line("bound", terms["bound"], "the sum" if args.steps is None else f"the sum, T = {args.steps}")
     if "exact" in terms:
-        line("exact", terms["exact"], f"probability flow ODE, {evaluations} evaluations, {result['n_exact']:,} of them")
-    if config["data"] in DATASETS:
-        entropy = -DATASETS[config["data"]].log_prob(train_points.test_set(config["data"]).double())
-        line("entropy", entropy, f"of the data, {len(entropy):,} points")
+        line("exact", terms["exact"], f"probability flow ODE, {facts['evaluations']} function evaluations, {result['n_exact']:,} of them")
+    surprise = one.kind.surprise(config)
+    if surprise is not None:
+        line("entropy", surprise, f"of the data, {len(surprise):,} {settings.kind(config)}")
         for name in "bound", "exact":
             if name in terms:
-                gap = terms[name] - entropy[:len(terms[name])]
-                line(f"{name} - entropy", gap, f"of the same points; median {gap.median().item():.4f}")
+                gap = terms[name] - surprise[:len(terms[name])]
+                line(f"{name} - entropy", gap, f"of the same {settings.kind(config)}; median {gap.median().item():.4f}")
     return result
 
 
-def main(argv=None):
+def parse(argv):
+    """The arguments. Exit code 2 if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python likelihood.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
-    parser.add_argument("--num", type=run.number(int, 2, 10**9), help="test examples (points: 10000, pictures: 500)")
-    parser.add_argument("--t-min", type=run.number(float, 1e-6, 0.49), default=1e-3, help="where z_0 and z_1 are (0.001)")
-    parser.add_argument("--seed", type=run.number(int, 0, 2**62), default=0, help="of t and noise (0)")
-    parser.add_argument("--batch-size", type=run.number(int, 1, 10**9), help="examples at once (points: 5000, pictures: 50)")
-    parser.add_argument("--data-dir", default="data", help="where the named sets of pictures are, or are downloaded to (data)")
+    parser.add_argument("--num", type=settings.number(int, 2, 10**9), help="test examples (points: 10000, images: 500)")
+    parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49), default=1e-3, help="where z_0 and z_1 are (0.001)")
+    parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of t and noise (0)")
+    parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9), help="examples at once (points: 5000, images: 50)")
+    parser.add_argument("--data-dir", default="data", help="where the named sets of images are, or are downloaded to (data)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("bound")
-    group.add_argument("--draws", type=run.number(int, 2, 10**6), help="of t and noise for each example (points: 100, pictures: 16)")
-    group.add_argument("--steps", type=run.number(int, 1, 10**6), help="T of the discrete bound (continuous time)")
+    group.add_argument("--draws", type=settings.number(int, 2, 10**6), help="of t and noise for each example (points: 100, images: 16)")
+    group.add_argument("--steps", type=settings.number(int, 1, 10**6), help="T of the discrete bound (continuous time)")
     group.add_argument("--uniform", choices=["logsnr", "t"], default="logsnr", help="what is drawn uniformly in continuous time (logsnr)")
     group = parser.add_argument_group("probability flow ODE")
-    group.add_argument("--num-ode", type=run.number(int, 0, 10**9), help="examples, 0 is none (points: all, pictures: 16)")
-    group.add_argument("--ode-steps", type=run.number(int, 1, 10**6), default=64, help="of 4 evaluations each (64)")
-    group.add_argument("--tolerance", type=run.number(float, 1e-12, 1), help="adaptive steps instead")
-    group.add_argument("--probes", type=run.number(int, 1, 10**6), help="of Hutchinson's divergence (points: exact, pictures: 1)")
+    group.add_argument("--num-ode", type=settings.number(int, 0, 10**9), help="examples, 0 is none (points: all, images: 16)")
+    group.add_argument("--ode-steps", type=settings.number(int, 1, 10**6), default=64, help="of 4 evaluations each (64)")
+    group.add_argument("--tolerance", type=settings.number(float, 1e-12, 1), help="adaptive steps instead")
+    group.add_argument("--probes", type=settings.number(int, 1, 10**6), help="of Hutchinson's divergence (points: exact, images: 1)")
     parser.add_argument("--out", help="folder for the result (the run's folder), with one in it for each of several runs")
     args = parser.parse_args(argv)
     if args.num_ode == 1:
         parser.error("--num-ode must be 0 or at least 2: one example has no error")
-    device = run.device(args.device)
-    runs = [sample.load(Path(ckpt)) for ckpt in args.ckpt or [run.newest()]]
-    for folder, state in runs:
-        config, pictures = state["config"], sample.is_pictures(state)
-        draws, probes = args.draws or (16 if pictures else 100), args.probes or (1 if pictures else None)
-        num_ode = args.num_ode if args.num_ode is not None or not pictures else 16
-        x, start = load(config, args, device), time.perf_counter()
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, chosen = run.device(args.device), run.chosen(args.ckpt, args.out)
+    for key, value in chosen[0][0].kind.LIKELIHOOD.items():
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    for one, out in chosen:
+        x, start = one.kind.test_examples(one.config, args.num, device, args.data_dir), time.perf_counter()
         if len(x) < 2:
-            raise SystemExit(f"{config['data']} has one test picture, and a mean with its error needs two - add some to its test split")
-        if pictures:
-            model = train_images.build_model(config).to(device)
-            model.load_state_dict(state["ema"])
-        else:
-            model = sample.build_model([state], device).to(x.dtype)
-        model.requires_grad_(False)
+            raise SystemExit(f"{one.config['data']} has one test image, and a mean with its error needs two - add some to its test split")
 
         def progress(done):
-            seconds = time.perf_counter() - start
-            print(f"{done:,} of {len(x):,} examples, {seconds / done * (len(x) - done):.0f} s left", flush=True)
+            seconds = time.perf_counter() - start                                               # noqa: B023 - called in this turn
+            print(f"{done:,} of {len(x):,} examples, {seconds / done * (len(x) - done):.0f} s left", flush=True)    # noqa: B023
         try:
             with run.enough_memory("a smaller --batch-size"):
-                terms, evaluations = evaluate(model, x, config, draws, args.steps, args.uniform, num_ode, args.ode_steps, args.tolerance,
-                                              probes, args.t_min, args.batch_size or (50 if pictures else 5000),
+                terms, evaluations = evaluate(one.model(device).to(x.dtype), x, one.config, args.draws, args.steps, args.uniform,
+                                              args.num_ode, args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
                                               run.generator(device, args.seed, "likelihood"), progress)
         except ValueError as error:
-            raise SystemExit(f"{folder}: {error}") from None
-        result = report(folder, config, terms, args, draws=draws, probes=probes, evaluations=evaluations,
+            raise SystemExit(f"{one.folder}: {error}") from None
+        result = report(one, terms, args, draws=args.draws, probes=args.probes, evaluations=evaluations,
                         seconds=time.perf_counter() - start, device=str(device))
-        path = sample.place(folder, args, runs) / "likelihood.json"
-        run.write(path, json.dumps(result, indent=2).encode())
-        print(f"wrote {path}")
+        run.write(out / "likelihood.json", json.dumps(result, indent=2).encode())
+        print(f"wrote {out / 'likelihood.json'}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@ r"""How good samples are: mean, covariance and sliced Wasserstein distance and t
 Read `datasets2d.py` first. Two finite samples of one distribution already differ: with 10,000 points against 50,000 the
 mean distance is about 0.014. That is the floor; a result at the floor is as good as this metric can tell.
 
-FID is the distance of two Gaussians, fitted to what the Inception network says of two sets of pictures. The network and
-its weights are pytorch-fid's (95 MB, downloaded once), and so are the numbers. FID of few pictures is too high: compare
+FID is the distance of two Gaussians, fitted to what the Inception network says of two sets of images. The network and
+its weights are pytorch-fid's (95 MB, downloaded once), and so are the numbers. FID of few images is too high: compare
 equal numbers of them only. Not here: the likelihood of a model.
 
     python metrics.py                       # the floor of every set, 10,000 points against 50,000
-    python metrics.py samples data          # FID of two folders of pictures
+    python metrics.py samples data          # FID of two folders of images
     python metrics.py samples data.npz      # the same, with statistics that pytorch-fid or sample.py has written
 """
 import argparse
@@ -108,7 +108,7 @@ def inception(weights=None, device="cpu", dims=2048):
 
     weights: a local file of them; None is pytorch-fid's own, from torch.hub's cache or else downloaded into it.
     """
-    from pytorch_fid import inception as source                          # here: nothing else needs it or torchvision
+    from pytorch_fid import inception as source  # here: nothing else needs it or torchvision
     url, path = source.FID_WEIGHTS_URL, weights or downloaded_weights()
     cure = f"put {url} into {downloaded_weights().parent}/, or name your copy with --inception-weights PATH"
 
@@ -128,11 +128,11 @@ def inception(weights=None, device="cpu", dims=2048):
 
 
 @torch.no_grad()
-def features(pictures, model, batch_size=50):
-    """What the network says of pictures, uint8 (n, C, H, W) with C = 1 (grey) or 3 -> (n, dims), on the model's device."""
-    assert pictures.dtype == torch.uint8 and pictures.ndim == 4 and pictures.shape[1] in (1, 3), pictures.shape
+def features(images, model, batch_size=50):
+    """What the network says of images, uint8 (n, C, H, W) with C = 1 (grey) or 3 -> (n, dims), on the model's device."""
+    assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3), images.shape
     device, result = next(model.parameters()).device, []
-    for batch in tqdm(pictures.split(batch_size), desc="Inception", unit="batch", leave=False, disable=None):
+    for batch in tqdm(images.split(batch_size), desc="Inception", unit="batch", leave=False, disable=None):
         batch = batch.expand(-1, 3, -1, -1).to(device).float() / 255     # in [0, 1]; the network resizes to 299 x 299
         result.append(model(batch)[0].mean((2, 3)))                      # (B, dims, h, w) -> (B, dims)
     return torch.cat(result)
@@ -144,17 +144,17 @@ def moments(features):
     return features.mean(0), covariance(features)
 
 
-def enough_pictures(n, dims=2048):
-    """SystemExit if n pictures are too few for the FID of so many features."""
+def enough_images(n, dims=2048):
+    """SystemExit if n images are too few for the FID of so many features."""
     if n < dims:
-        raise SystemExit(f"{n:,} are too few: with fewer than {dims:,} pictures the covariance of {dims:,} features is "
+        raise SystemExit(f"{n:,} are too few: with fewer than {dims:,} images the covariance of {dims:,} features is "
                          f"singular and FID is mostly bias - take at least {dims:,}, better 10,000")
 
 
-def statistics(pictures, model, batch_size=50):
-    """Mean, covariance and number of pictures, uint8 (n, C, H, W), as the network sees them; what `fid` compares."""
-    enough_pictures(len(pictures), model.dims)
-    return *moments(features(pictures, model, batch_size)), len(pictures)
+def statistics(images, model, batch_size=50):
+    """Mean, covariance and number of images, uint8 (n, C, H, W), as the network sees them; what `fid` compares."""
+    enough_images(len(images), model.dims)
+    return *moments(features(images, model, batch_size)), len(images)
 
 
 def load_statistics(path, dims=2048):
@@ -171,13 +171,13 @@ def load_statistics(path, dims=2048):
     return mean, cov, n
 
 
-def reference_statistics(path, make_pictures, model, batch_size=50):
-    """The statistics in the .npz file `path`; if there is none, those of make_pictures(), uint8 (n, C, H, W), written there.
+def reference_statistics(path, make_images, model, batch_size=50):
+    """The statistics in the .npz file `path`; if there is none, those of make_images(), uint8 (n, C, H, W), written there.
 
-    pytorch-fid reads the file too. The file does not know its pictures or weights: one file for each set.
+    pytorch-fid reads the file too. The file does not know its images or weights: one file for each set.
     """
     if not Path(path).exists():
-        mean, cov, n = statistics(make_pictures(), model, batch_size)
+        mean, cov, n = statistics(make_images(), model, batch_size)
         buffer = io.BytesIO()
         np.savez(buffer, mu=mean.numpy(), sigma=cov.numpy(), n=n)
         run.write(path, buffer.getbuffer())
@@ -192,7 +192,7 @@ def fid(x, y):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python metrics.py [A B] [options], see --help")
-    parser.add_argument("paths", nargs="*", metavar="A B", help="two sets of pictures: folders, or .npz of their statistics")
+    parser.add_argument("paths", nargs="*", metavar="A B", help="two sets of images: folders, or .npz of their statistics")
     parser.add_argument("--inception-weights", metavar="PATH", help="local file of the network's weights (downloaded once)")
     parser.add_argument("--dims", type=int, choices=[64, 192, 768, 2048], default=2048, help="features; of FID 2048 (2048)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
@@ -208,7 +208,7 @@ def main(argv=None):
     if not all(path.endswith(".npz") for path in args.paths):
         from images import read_folder
         model = inception(args.inception_weights, run.device(args.device), args.dims)
-    with run.enough_memory("fewer pictures"):
+    with run.enough_memory("fewer images"):
         x, y = (load_statistics(path, args.dims) if path.endswith(".npz") else statistics(read_folder(path), model)
                 for path in args.paths)
     a, b = (f"{path} (n = {n or 'not recorded'})" for path, (_, _, n) in zip(args.paths, (x, y)))

@@ -13,6 +13,7 @@ import run
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
 
+SAMPLER_COLOURS = ["black", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255"]      # Tol's, none of a target
 COLOURS = {"x": "#0072B2", "eps": "#D55E00", "v": "#009E73", "s": "#CC79A7", "u": "#E69F00"}
 
 
@@ -70,18 +71,19 @@ def band(ax, x, values, **style):
 
 
 def loss_curves(rows, path):
-    """Losses over epochs. rows: {label: {data: {target: (values (seeds, epochs), optimum)}}}, log scale."""
+    """Losses over epochs. rows: {label: {data: {target: (values (seeds, epochs), optimum or None)}}}, log scale."""
     fig, axes = plt.subplots(len(rows), 4, figsize=(11, 2.9 * len(rows)), sharex=True, sharey="row", squeeze=False)
     for row, (label, sets) in zip(axes, rows.items()):
         for ax, (data, curves) in zip(row, sets.items()):
             for target, (values, optimum) in curves.items():
                 band(ax, range(1, values.shape[1] + 1), values, color=COLOURS[target], label=target)
-                ax.axhline(optimum, color=COLOURS[target], linestyle="--", linewidth=1)
+                if optimum is not None:
+                    ax.axhline(optimum, color=COLOURS[target], linestyle="--", linewidth=1)
             ax.set(yscale="log", title=data)
         row[0].set_ylabel(label)
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
-    finish(fig, axes[0, 0], path)
+    finish(fig, axes[0, 0], path, dashed=optimum is not None)
 
 
 def over_time(curves, t, path):
@@ -130,7 +132,7 @@ def over_t(panels, label, path):
 
 
 def over_evaluations(panels, label, path):
-    """A distance over network evaluations, log scales, the floor dotted and two standard deviations above it.
+    """A distance over function evaluations, log scales; the floor dotted, grey two standard errors of a mean of the seeds above it.
 
     panels: {(data, target): ({"mean", "std"} of the floor, {sampler: [(evaluations, values of the seeds)]})}.
     """
@@ -138,29 +140,30 @@ def over_evaluations(panels, label, path):
     fig, axes = plt.subplots(len(targets), len(columns), figsize=(11, 2.4 * len(targets) + 0.5), sharex=True, sharey=True, squeeze=False)
     for (data, target), (floor, curves) in panels.items():
         ax = axes[targets.index(target), columns.index(data)]
-        for (sampler, points), colour in zip(curves.items(), ["black", *COLOURS.values()]):
+        for (sampler, points), colour in zip(curves.items(), SAMPLER_COLOURS):
             band(ax, [n for n, _ in points], np.array([values for _, values in points]).T, color=colour, label=sampler)
-        ax.axhspan(floor["mean"], floor["mean"] + 2 * floor["std"], color="grey", alpha=0.3, linewidth=0)
+        error = floor["std"] / len(points[0][1])**0.5
         ax.axhline(floor["mean"], color="grey", linestyle=":", label="floor")
+        ax.axhspan(floor["mean"], floor["mean"] + 2 * error, color="grey", alpha=0.3, linewidth=0, label="+ 2 standard errors")
         ax.set_xscale("log", base=2)
         ax.set(yscale="log", ylim=(3e-3, 3))
         ax.set_title(f"{data}, {target}", fontsize=9)
     for ax in axes[-1]:
-        ax.set_xlabel("network evaluations")
+        ax.set_xlabel("function evaluations")
     for ax in axes[:, 0]:
         ax.set_ylabel(label)
     fig.tight_layout(rect=(0, 0, 1, 0.95))
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(curves) + 1)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(curves) + 2)
     save(fig, path)
 
 
-def finish(fig, ax, path):
-    """Lay out and save, with the legend of one panel above all of them."""
+def finish(fig, ax, path, dashed=True):
+    """Lay out and save, with the legend of one panel above all of them; dashed lines are the best possible."""
     fig.tight_layout(rect=(0, 0, 1, 0.93) if ax else None)
     if ax:
         handles, labels = ax.get_legend_handles_labels()
-        handles.append(plt.Line2D([], [], color="black", linestyle="--", linewidth=1))
-        fig.legend(handles, [*labels, "best possible"], loc="upper center", ncols=len(handles))
+        handles += [plt.Line2D([], [], color="black", linestyle="--", linewidth=1)] * dashed
+        fig.legend(handles, labels + ["best possible"] * dashed, loc="upper center", ncols=len(handles))
     save(fig, path)
 
 

@@ -1,20 +1,36 @@
-"""A run: its random numbers, its folder and its checkpoint. What `train.py` and `sample.py` share.
+"""A run: its folder, its checkpoint and the network in it; and what all scripts share: random numbers, files, mistakes.
 
-A run is a folder runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json and metrics.jsonl. Files are written
-under a temporary name and then renamed: a kill or a full disk at any moment leaves the last complete one. A mistake of
-the user ends in SystemExit with one sentence: exit code 1, no traceback.
+A run is a folder runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json and metrics.jsonl. Its checkpoint says all that
+is needed to use it, so that a run opens itself:
+
+    r = run.open("runs/rings-v-mse-s0")
+    r.config, r.history, r.schedule, r.target                    # what was trained, and how it went
+    x_hat, eps_hat = r.denoiser()(z, torch.tensor(0.5))          # z (B, 2); r.model()(z, t) is the bare network
+
+Files are written under a temporary name and then renamed: a kill or a full disk at any moment leaves the last complete one.
+A mistake of the user ends in SystemExit with one sentence: exit code 1, no traceback.
 """
-import argparse
 import contextlib
 import hashlib
+import importlib
 import io
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
+from torch import distributed
+
+import samplers
+import settings
+import stack
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+from targets import TARGETS
 
 FORMAT = "diffusion-losses 2"        # written into every checkpoint
+KINDS = {"points": "kind_points", "images": "kind_images"}     # files with the same verbs: load, build_model, draw, measure, ...
 
 
 def generator(device, *key):
@@ -60,7 +76,7 @@ def write(path, data):
 def save(path, checkpoint):
     """Write a checkpoint, a dict of tensors and plain values."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)
     write(path, buffer.getbuffer())
 
 
@@ -79,6 +95,15 @@ def load(path):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not keys <= checkpoint.keys():
         raise SystemExit(f"{path} is not a checkpoint of this project - make one with: python train.py")
     return checkpoint
+
+
+def processes(device=torch.device("cpu")):
+    """Rank and number of the processes that torchrun started; 0 and 1 without it. Joins them at the first call, for a device."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 @contextlib.contextmanager
@@ -100,18 +125,147 @@ def newest(root="runs"):
     return checkpoints[-1].parent
 
 
-def number(kind, low, high=float("inf")):
-    """An argparse type: a finite number of `kind` in [low, high]."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        if not low <= value <= high or value == float("inf"):
-            bound = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-    return parse
+def kind_module(kind):
+    """The file of a kind of data, points or images. Imported here: these files use this one, and points need no images."""
+    return importlib.import_module(KINDS[kind])
+
+
+class Run:
+    """A trained run, opened: folder, config, history (a dict for each test), checkpoint, and from them all that it takes to use it."""
+
+    def __init__(self, folder, checkpoint):
+        self.folder, self.checkpoint, self.history = Path(folder), checkpoint, checkpoint["history"]
+        self.config = settings.completed(checkpoint["config"])
+        self.members = [self]
+
+    @property
+    def name(self):
+        return settings.name(self.config)
+
+    @property
+    def target(self):
+        return self.config["target"]
+
+    @property
+    def schedule(self):
+        return SCHEDULES[self.config["schedule"]]
+
+    @property
+    def kind(self):
+        """The file with the verbs of its data, `kind_points` or `kind_images`."""
+        return kind_module(settings.kind(self.config))
+
+    def model(self, device="cpu"):
+        """The trained network, model(z, t) -> prediction of `target`, to evaluate; of images with the averaged weights (EMA)."""
+        model = self.kind.build_model(self.config, len(self.members))
+        model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
+        return model.to(device).requires_grad_(False)
+
+    def denoiser(self, device="cpu", **options):
+        """The network as (z, t) -> x_hat, eps_hat, for z (B, ...) and t (): see `samplers.denoiser`, which has the options."""
+        return samplers.denoiser(self.model(device), self.target, self.schedule, self.config["stabiliser"], **options)
+
+
+class Stack(Run):
+    """Several runs that differ in data, target, loss and seed only, as one: `target` is a list, z comes in equal blocks.
+
+    Folder, history and config are those of the first. SystemExit if they differ in anything else.
+    """
+
+    def __init__(self, runs):
+        super().__init__(runs[0].folder, runs[0].checkpoint)
+        self.members = list(runs)
+        first = settings.alike(self.config)
+        for run in runs:
+            other = settings.alike(run.config)
+            different = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+            if different:
+                raise SystemExit(f"{runs[0].folder} and {run.folder} differ in {', '.join(different)} and cannot be one stack - "
+                                 "open them one by one")
+
+    @property
+    def target(self):
+        return [run.config["target"] for run in self.members]
+
+
+def open(path):
+    """Open a trained run, its folder or its ckpt.pt -> Run; a list of them, which must be alike, -> Stack.
+
+    SystemExit if there is none, or if this code lacks a row that it was trained with.
+    """
+    if not isinstance(path, (str, Path)):
+        return Stack([open(one) for one in path])
+    path, checkpoint = Path(path), load(path)
+    tables = {"target": TARGETS, "schedule": SCHEDULES} | ({} if "shape" in checkpoint["config"] else {"data": DATASETS})
+    for key, table in tables.items():
+        if checkpoint["config"][key] not in table:
+            raise SystemExit(f"{path} was trained with --{key} {checkpoint['config'][key]}, which this code does not have - put "
+                             "its row back, or give another --ckpt")
+    return Run(path if path.is_dir() else path.parent, checkpoint)
+
+
+def stacks(runs, device):
+    """Divide runs into stacks of those that are alike: of at most 8 on a CPU, else 96."""
+    groups, size = {}, stack.size(device)
+    for run in runs:
+        groups.setdefault(repr(sorted(settings.alike(run.config).items())), []).append(run)
+    return [Stack(group[i:i + size]) for group in groups.values() for i in range(0, len(group), size)]
+
+
+def chosen(paths, out):
+    """The runs that a command line names, or the newest, and where the results of each go: [(Run, folder)].
+
+    SystemExit if they are not of one kind, or if two would share a folder in `out`.
+    """
+    runs = [open(path) for path in paths or [newest()]]
+    if len({run.kind for run in runs}) > 1:
+        raise SystemExit("points and images cannot be mixed in one call - give their runs to one call each")
+    if out and len({run.folder.name for run in runs}) < len(runs):
+        raise SystemExit("two of these runs have one name and would share a folder in --out - leave it out, or take them apart")
+    return [(run, Path(out) / (run.folder.name if len(runs) > 1 else "") if out else run.folder) for run in runs]
+
+
+def smallest_t(config, t_min=None):
+    """The end of sampling: what was asked for, else that of training, but at least 0.001."""
+    return t_min or max(config["t_min"], 1e-3)
+
+
+def existing(folder, config, resume, overwrite):
+    """The checkpoint in a run's folder, or None. A run is never silently overwritten, nor resumed with other settings."""
+    if not (folder / "ckpt.pt").exists() or overwrite:
+        return None
+    state = load(folder)
+    if settings.completed(state["config"]) != config:
+        changed = [f"--{k.replace('_', '-')} {v}" for k, v in settings.completed(state["config"]).items() if config.get(k) != v]
+        raise SystemExit(f"{folder} holds a run with other settings ({' '.join(changed)}) - keep both by giving this one "
+                         "another folder of runs, or start it again with train.py --overwrite")
+    if not resume:
+        raise SystemExit(f"{folder} holds this run already - add --resume to go on with it or --overwrite to start again")
+    return state
+
+
+def check(configs, out, resume=False, overwrite=False):
+    """[(folder, config, checkpoint or None)] of the runs to train. SystemExit if one is not to be touched, or two are one folder."""
+    folders = [Path(out) / settings.name(config) for config in configs]
+    if len(set(folders)) < len(folders):
+        raise SystemExit("two of these runs would share a folder, the data's folders have one name - give each its own --out")
+    return [(folder, config, existing(folder, config, resume, overwrite)) for folder, config in zip(folders, configs)]
+
+
+def begin(configs, out, resume=False, overwrite=False):
+    """`check`, and then write the runs' config.json and delete what is overwritten."""
+    runs = check(configs, out, resume, overwrite)
+    for folder, config, _ in runs:     # written before anything goes: a full disk stops here
+        write(folder / "config.json", json.dumps(config, indent=2).encode())
+        if overwrite:
+            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "metrics.json", *folder.glob("samples*.png")]:
+                (folder / Path(file).name).unlink(missing_ok=True)
+    return runs
+
+
+def command(script, *words):
+    """A command of this project as it can be typed in the current folder."""
+    return " ".join(["python", os.path.relpath(Path(__file__).with_name(script)), *words])
 
 
 def script(main, stopped):

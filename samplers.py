@@ -139,7 +139,7 @@ def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="
 
     model(z, t) -> prediction of `target`, with z (B, ...) and the true time t (B,), however few the steps. The first z has the
     variance that standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's device.
-    clip: every x_hat is kept in [-clip, clip], the range of pictures (Ho et al. 2020). options: eta of `ddim`.
+    clip: every x_hat is kept in [-clip, clip], the range of images (Ho et al. 2020). options: eta of `ddim`.
     For a stack of M models `target` is a list of M names: all get the same draws, and it returns (M * B, ...).
     Raises ValueError if steps < 1, and for an unknown sampler or grid.
     """

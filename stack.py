@@ -88,6 +88,7 @@ def captured(step, model, optimizer, inputs):
 
 if __name__ == "__main__":
     import time
+
     from mlp import MLP
     z, t = torch.randn(8 * 512, 2), torch.rand(8 * 512)
 

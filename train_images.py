@@ -1,18 +1,19 @@
-"""The training loop for pictures: AdamW with warm-up, clipped gradients, EMA, bf16, several GPUs (thesis 4.4.4).
+"""The training loop for images: AdamW with warm-up, clipped gradients, EMA, bf16, several GPUs (thesis 4.4.4).
 
 `train.py` calls it; read that first, then `unet.py` and `images.py`. Loss, target and schedule are those of the points. What
-step i trains on, its pictures, flips, times and noise, is a function of (seed, i): a run that was killed goes on exactly,
+step i trains on, its images, flips, times and noise, is a function of (seed, i): a run that was killed goes on exactly,
 and N processes, each with its part of the batch, do what one does with all of it.
 
 Not here: sampling and FID (`sample.py`, `metrics.py`).
 """
-import contextlib
 import copy
 import functools
 import json
 import math
 import os
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -21,29 +22,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import ddpm
 import images
+import kind_images
 import losses
 import run
-import samplers
-import unet
+import settings
 
-JUDGED = 250          # test pictures at once
 GRID_STEPS = 100      # of the sampler that draws a grid during training
 SAVE_EVERY = 60       # seconds between two checkpoints, at least
-
-
-def build_model(config):
-    """The network of a run's config, with fresh weights from torch's global generator."""
-    (channels, *size), network = config["shape"], {key: config[key] for key in unet.PRESETS["ddpm"]}
-    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], **network)
-
-
-def processes(device=torch.device("cpu")):
-    """Rank and number of the processes that torchrun started; 0 and 1 without it. Joins them at the first call, for a device."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return distributed.get_rank(), distributed.get_world_size()
 
 
 def ema_decay(decay, step):
@@ -54,87 +39,39 @@ def ema_decay(decay, step):
     return min(decay, (1 + step) / (10 + step))
 
 
-def autocast(config, device):
-    """Where the config asks for it, matrix products and convolutions in bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
-
-
 @functools.lru_cache(2)
 def order(seed, epoch, n, device):
-    """In which an epoch goes through the pictures."""
+    """In which an epoch goes through the images."""
     return torch.randperm(n, generator=run.generator("cpu", seed, "order", epoch)).to(device)
 
 
-def batch(pictures, step, config):
-    """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the device of the pictures.
+def batch(data, step, config):
+    """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the device of the images.
 
-    An epoch goes through the pictures in an order of its own and leaves out the last, smaller batch.
+    An epoch goes through the images in an order of its own and leaves out the last, smaller batch.
     """
-    size, seed, device = config["batch_size"], config["seed"], pictures.device
-    epoch, i = divmod(step, len(pictures) // size)
+    size, seed, device = config["batch_size"], config["seed"], data.device
+    epoch, i = divmod(step, len(data) // size)
     g = run.generator(device, seed, "noise", step)
-    x = pictures[order(seed, epoch, len(pictures), device)[i * size:(i + 1) * size]]
+    x = data[order(seed, epoch, len(data), device)[i * size:(i + 1) * size]]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
     t, importance = losses.draw_t((size,), ddpm.SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
     return x, t, torch.randn(x.shape, generator=g, device=device), importance
 
 
-def judges(config):
-    """Names of the losses that every run is tested with, whatever it trains on: all that have a weight for its target."""
-    names = []
-    for name in losses.LOSSES:
-        with contextlib.suppress(ValueError):
-            losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.SCHEDULES[config["schedule"]])
-            names.append(name)
-    return names
-
-
-@torch.no_grad()
-def evaluate(model, pictures, config, device):
-    """Test losses of a network, without autocast: {"test_loss": ..., "test_mse": ..., ...}, means over the pictures.
-
-    pictures: uint8, on the CPU. Their t and noise are the same in every run. Each process does its share.
-    """
-    (rank, world), g, n = processes(), run.generator("cpu", "test noise"), len(pictures)
-    objective, names = losses.objective(config), judges(config)
-    weight = lambda name, t: losses.weight(name, config["target"], t, objective["schedule"], config["stabiliser"])
-    shuffled = torch.randperm(n, generator=g)        # t rises with the row: without this with the class of sorted pictures
-    times, total = losses.sample_t((n,), config["t_min"], g), torch.zeros(len(names) + 1, device=device)
-    for i, (rows, t) in enumerate(zip(shuffled.split(JUDGED), times.split(JUDGED))):
-        x = images.to_float(pictures[rows])
-        eps = torch.randn(x.shape, generator=g)
-        if i % world == rank:
-            x, t, eps = x.to(device), t.to(device), eps.to(device)
-            z, y, own = losses.regression(x, t, eps, **objective)
-            errors = losses.weighted_error(model(z, t), y, torch.ones_like(t))
-            total += (torch.stack([own, *(weight(name, t) for name in names)]) * errors).sum(1)
-    if world > 1:
-        distributed.all_reduce(total)
-    return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
-
-
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
-    """Pictures (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid and eta of `samplers`."""
-    objective = losses.objective(config)
-    with autocast(config, generator.device):
-        x = samplers.sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"], t_min=t_min,
-                            generator=generator, stabiliser=objective["stabiliser"], clip=1.0 if clip else math.inf, **how)
-    return images.to_uint8(x)
-
-
 def train_run(folder, config, state, device, model, sets, steps, minutes=math.inf, test_every=2000, grid_every=10_000,
               compiled=False, on_step=lambda *facts: None):
-    """Train one network on pictures until it has done `steps` steps or `minutes`; returns its last history entry.
+    """Train one network on images until it has done `steps` steps or `minutes`; returns its last history entry.
 
-    sets: uint8 pictures to train and to test on. state: checkpoint to go on from, or None. on_step(step, loss, seconds) is
+    sets: uint8 images to train and to test on. state: checkpoint to go on from, or None. on_step(step, loss, seconds) is
     called at every step, on the first process. Writes ckpt.pt and metrics.jsonl at every test and between them about once a
     minute; samples-<step>.png every `grid_every` steps and at the end. The history is of the averaged weights but for the
     losses in training. SystemExit at the first loss that is not finite, with the last checkpoint kept.
     """
-    rank, world = processes()
+    rank, world = run.processes()
     channels_last = {"memory_format": torch.channels_last} if device.type == "cuda" else {}    # on a CPU GroupNorm is slow in it
     model, objective = model.to(**channels_last), losses.objective(config)
-    pictures, test = sets[0].to(device), sets[1]
+    data, test = sets[0].to(device), sets[1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
     ema = copy.deepcopy(model)
     step, history, recent, seconds = 0, [], [], 0.0        # recent: (loss, norm of the gradient, errors, t, importance) since the last test
@@ -170,11 +107,11 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
-        x, t, eps, importance = batch(pictures, step, config)
+        x, t, eps, importance = batch(data, step, config)
         z, y, w = losses.regression(x, t, eps, **objective)
         z, y, w, t, importance = (c[mine] for c in (z, y, w * importance, t, importance))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
-        with autocast(config, device):
+        with kind_images.autocast(config, device):
             y_hat = network(z, t)
         errors = losses.weighted_error(y_hat, y, w)
         loss = errors.mean()
@@ -200,8 +137,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             loss, norm, errors, t, importance = columns()
             if world > 1:
                 distributed.all_reduce(loss)
-            entry = dict(step=step, epoch=step * config["batch_size"] / len(pictures), train_loss=loss.mean().item() / world,
-                         gradient_norm=norm.mean().item(), **evaluate(ema, test, config, device))
+            entry = dict(step=step, epoch=step * config["batch_size"] / len(data), train_loss=loss.mean().item() / world,
+                         gradient_norm=norm.mean().item(), **kind_images.test(ema, test, config, device))
             over_t = losses.over_t(errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten()).tolist()
             entry["train_loss_over_t"] = [float(f"{value:.5g}") if value == value else None for value in over_t]      # nan where no t fell
             seconds = time.perf_counter() - start
@@ -212,7 +149,82 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             save()
             saved = time.perf_counter()
         if rank == 0 and (step % grid_every == 0 or over):
-            samples = draw(ema, (64, *pictures.shape[1:]), GRID_STEPS, config, run.generator(device, config["seed"], "grid"),
+            samples = kind_images.draw(ema, (64, *data.shape[1:]), GRID_STEPS, config, run.generator(device, config["seed"], "grid"),
                            max(config["t_min"], 1e-3))
             images.save_png(images.grid(samples.cpu(), 8), folder / f"samples-{step}.png")
     return history[-1]
+
+
+def progress(config, steps, minutes):
+    """A function to be called at every step that shows loss, speed and time left now and then."""
+    start = shown = time.perf_counter()
+    first, terminal = None, sys.stderr.isatty()
+
+    def on_step(step, loss, seconds):
+        nonlocal first, start, shown
+        now = time.perf_counter()
+        if first is None:                                  # of the first step, which warms up, the clock does not run
+            first, start = step, now
+        elif now - shown > (1 if terminal else 30) or step == steps:
+            rate, shown = (step - first) / (now - start), now
+            left = min((steps - step) / rate, 60 * minutes - seconds)
+            print(f"step {step:,} of {steps:,}  loss {loss.item():.4f}  {rate:.2f} steps/s  "
+                  f"{rate * config['batch_size']:.0f} images/s  {max(left, 0):.0f} s left  ",
+                  end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+    return on_step
+
+
+def train(args, device):
+    """Train all runs that the arguments of train.py ask for, one after the other; in every process that torchrun started."""
+    rank, world = run.processes(device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if args.batch_size % world:
+        raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - make it a multiple")
+    precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    runs, splits, names = [], {}, list(dict.fromkeys(args.data))
+    for name in names:
+        for turn in range(2):                              # the first process downloads and decodes before the others
+            if turn == min(rank, 1):
+                splits[name] = [images.load(name, split, args.data_dir, args.image_size, args.skip_corrupt)
+                                for split in ("train", "test")]
+            if world > 1:
+                distributed.barrier()
+        if len(splits[name][0]) < args.batch_size:
+            raise SystemExit(f"{name} has {len(splits[name][0])} images to train on, less than a batch - lower --batch-size")
+        args.data, shape = [name], list(splits[name][0].shape[1:])
+        runs += settings.configs(args, shape=shape, flip=shape[0] == 3, precision=precision)
+    if rank == 0:                                          # before any is trained
+        run.check(runs, args.out, args.resume, args.overwrite)
+    limit = dict(minutes=args.minutes)                     # of the first run, then its number of steps
+    for config in runs:
+        data = splits[config["data"]]
+        if rank == 0:
+            (folder, _, state), = run.begin([config], args.out, args.resume, args.overwrite)
+        if world > 1:
+            distributed.barrier()
+        if rank > 0:
+            folder = Path(args.out) / settings.name(config)
+            state = run.load(folder) if args.resume and (folder / "ckpt.pt").exists() else None
+        steps = limit.get("steps", args.epochs * (len(data[0]) // args.batch_size))
+        with run.enough_memory("a smaller --batch-size, --channels or --image-size"):
+            torch.manual_seed(config["seed"])
+            model = kind_images.build_model(config).to(device)
+            if rank == 0:
+                print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data[0]):,} images of "
+                      f"{'x'.join(map(str, config['shape']))}, {steps:,} steps in {precision} on {run.device_name(device)}"
+                      + (f", after step {state['step']:,}" if state else ""), flush=True)
+            last = train_run(folder, config, state, device, model, data, steps, limit["minutes"], args.test_every, args.grid_every,
+                             args.compile if args.compile is not None else device.type == "cuda",
+                             progress(config, steps, limit["minutes"]))
+        if args.minutes < math.inf:                        # so that runs of one call are trained equally long
+            limit = dict(minutes=math.inf, steps=last["step"])
+        if rank == 0:
+            tests = ", ".join(f"{key.removeprefix('test_')} {value:.4g}" for key, value in last.items() if key.startswith("test_"))
+            print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; {last['seconds']:.0f} s")
+    if rank == 0:
+        print("next: " + run.command("sample.py", "--ckpt", str(folder), "--steps 500"))
+    if world > 1:                                          # together: one that left earlier would abort at exit
+        distributed.barrier()
+        distributed.destroy_process_group()

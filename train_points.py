@@ -3,31 +3,24 @@
 `train.py` calls it; read that first, then `losses.py` and `stack.py`. Every draw is a function of (seed, step): runs of one
 seed differ in their target and loss, not in their draws, and a run that was killed goes on exactly.
 
-Not here: pictures (`train_images.py`).
+Not here: images (`train_images.py`).
 """
 import functools
+import itertools
 import json
 import math
+import sys
 import time
 
 import torch
+from tqdm import tqdm
 
+import kind_points
 import losses
 import run
+import settings
 import stack
-import targets
-from datasets2d import DATASETS
 from ddpm import SCHEDULES
-from mlp import MLP
-
-POINTS = 50_000        # to train on, and as many fresh ones to test on (thesis 4.1.1)
-JUDGES = "rescaled", "nelbo"     # also measured at every epoch: the same two for every run, whatever it is trained on
-JUDGED_T_MIN = 1e-3              # their range of t, unless training has a smaller one
-
-
-def build_model(config, members=1):
-    """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
-    return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]], members=members)
 
 
 def build_optimizer(model, config):
@@ -36,61 +29,6 @@ def build_optimizer(model, config):
     cuda = parameters[0].is_cuda
     lr = torch.tensor(config["lr"], device=parameters[0].device) if cuda else config["lr"]
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=cuda)
-
-
-def test_set(data):
-    """The same fresh points for every seed, target and loss -> (POINTS, 2), on the CPU."""
-    return DATASETS[data].sample(POINTS, run.generator("cpu", "test", data))
-
-
-def test_batch(config):
-    """The test points of a run, their t and noise fixed: z (n, 2), t (n,), y (n, 2), weights (n, 3), n = POINTS.
-
-    The means of weights times squared error are its own test loss, on its own range of t, and then the exact losses JUDGES
-    on t_min = 1e-3: points outside of that range have weight 0 there, and those inside a little more.
-    """
-    x, g = test_set(config["data"]), run.generator("cpu", "test noise")
-    t, eps = losses.sample_t((POINTS,), config["t_min"], g), torch.randn(x.shape, generator=g)
-    z, y, w = losses.regression(x, t, eps, **losses.objective(config))
-    t_min = max(config["t_min"], JUDGED_T_MIN)
-    inside = ((t >= t_min) & (t <= 1 - t_min)).float()
-    judges = [inside / inside.mean() * losses.weight(judge, config["target"], t, SCHEDULES[config["schedule"]],
-                                                     config["stabiliser"]) for judge in JUDGES]
-    return z, t, y, torch.stack([w, *judges], 1)
-
-
-@functools.cache
-def optimal_predictions(data, schedule, t_min):
-    """x_hat and eps_hat of the exact denoiser at the test points of a run, (POINTS, 2) each: made once for all targets."""
-    z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
-    return [DATASETS[data].optimal_model(target, SCHEDULES[schedule])(z, t) for target in ("x", "eps")]
-
-
-@functools.cache
-def optimal_errors(data, target, schedule, t_min, stabiliser):
-    """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
-    _, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser))
-    alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
-    a, b = targets.coefficients(target, alpha, sigma, stabiliser)
-    x_hat, eps_hat = optimal_predictions(data, schedule, t_min)
-    return losses.weighted_error(a * x_hat + b * eps_hat, y, torch.ones_like(t))
-
-
-def optimum(config, weights):
-    """The three losses of `test_batch` for the exact denoiser, the best there can be -> (3,)."""
-    errors = optimal_errors(*(config[key] for key in ("data", "target", "schedule", "t_min", "stabiliser")))
-    return (weights * errors[:, None]).mean(0)
-
-
-@torch.no_grad()
-def evaluate(model, z, t, y, weights):
-    """Mean of weights times squared error for every network of a stack: weights (M, n, 3) -> (M, 3).
-
-    z, t, y: batches from `stack.interleave` that together have all n points of every member.
-    """
-    errors = torch.stack([losses.weighted_error(model(*c[:2]), c[2], torch.ones_like(c[1])) for c in zip(z, t, y)])
-    errors = errors.unflatten(1, (len(weights), -1)).transpose(0, 1).flatten(1)                 # (M, n)
-    return (weights * errors[..., None]).mean(1)
 
 
 def build_step(model, optimizer, members):
@@ -163,21 +101,20 @@ def train_stack(runs, device, on_step, on_epoch):
     histories = [list(state["history"]) if state else [] for state in states]
     diverged = {}                          # member: the step from which its loss is not finite
 
-    # Data live on the device, one tensor for each set and seed. Test points, times and noise are the same in every run.
-    keys = [(config["data"], config["seed"]) for config in configs]
-    points = {(data, seed): DATASETS[data].sample(POINTS, run.generator("cpu", seed, "train")).to(device)
-              for data, seed in dict.fromkeys(keys)}
-    data = [points[key] for key in keys]
-    tests = [test_batch(config) for config in configs]
-    optima = [optimum(config, test[3]).tolist() for config, test in zip(configs, tests)]
+    # Data live on the device, one tensor for each dataset and seed. Test points, times and noise are the same in every run.
+    points = {(config["data"], config["seed"]): config for config in configs}
+    points = {key: kind_points.load(config, "train").to(device) for key, config in points.items()}
+    data = [points[config["data"], config["seed"]] for config in configs]
+    tests = [kind_points.test_batch(config) for config in configs]
+    optima = [kind_points.optimum(config, test[3]).tolist() for config, test in zip(configs, tests)]
     *inputs, weights = zip(*tests)
     inputs = [stack.interleave(c, 625).to(device) for c in inputs]         # small batches: activations fit in the cache
     weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
 
     def initial(config):
         torch.manual_seed(config["seed"])
-        return build_model(config).state_dict()
-    model = build_model(shared, members).to(device)
+        return kind_points.build_model(config).state_dict()
+    model = kind_points.build_model(shared, members).to(device)
     model.load_state_dict(stack.join([state["model"] if state else initial(config)
                                       for config, state in zip(configs, states)]))
     optimizer = build_optimizer(model, shared)
@@ -186,11 +123,11 @@ def train_stack(runs, device, on_step, on_epoch):
                                    "param_groups": optimizer.state_dict()["param_groups"]})
     step = ready_step(model, optimizer, members, shared["batch_size"])
 
-    steps, saved_at, saving = POINTS // shared["batch_size"], -math.inf, 0.0
+    steps, saved_at, saving = kind_points.POINTS // shared["batch_size"], -math.inf, 0.0
     for epoch in range(len(histories[0]), shared["epochs"]):
         start = time.perf_counter()
         train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
-        test_losses = evaluate(model, *inputs, weights)
+        test_losses = kind_points.test(model, *inputs, weights)
         finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: each step would wait for CUDA
         for m in (~finite.all(0)).nonzero().flatten().tolist():
             diverged.setdefault(m, epoch * steps + finite[:-1, m].long().cumprod(0).sum().item())
@@ -200,7 +137,7 @@ def train_stack(runs, device, on_step, on_epoch):
         seconds = time.perf_counter() - start
         for m, history in enumerate(histories):
             entry = dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=train_losses[m])
-            for key, value, best in zip(("loss", *JUDGES), test_losses[m], optima[m]):
+            for key, value, best in zip(("loss", *kind_points.TESTS), test_losses[m], optima[m]):
                 entry[f"test_{key}"], entry["optimum" if key == "loss" else f"optimum_{key}"] = value, best
             entry["train_loss_over_t"] = [float(f"{value:.5g}") for value in over_t[m]]
             entry["seconds"] = round((history[-1]["seconds"] if history else 0.0) + seconds / members, 3)
@@ -221,3 +158,52 @@ def train_stack(runs, device, on_step, on_epoch):
     kept = lambda folder: len(run.load(folder)["history"]) if (folder / "ckpt.pt").exists() else 0
     return [f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; {kept(folders[m])} "
             "finished epochs are kept" for m, step in diverged.items()]
+
+
+def train(args, device):
+    """Train all runs that the arguments of train.py ask for, as stacks."""
+    import plots  # here: a stack trains without matplotlib
+    runs = run.begin(settings.configs(args), args.out, args.resume, args.overwrite)
+    finished = lambda run: len(run[2]["history"]) if run[2] else 0
+    unfinished = sorted((run for run in runs if finished(run) < args.epochs), key=finished)
+    size = args.stack or stack.size(device)
+    stacks = [group[i:i + size] for group in (list(group) for _, group in itertools.groupby(unfinished, key=finished))
+              for i in range(0, len(group), size)]
+    if len(unfinished) < len(runs):
+        print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished already")
+
+    steps, terminal, start = kind_points.POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
+    before = sum(finished(run) for run in runs) * steps
+    done, failures = before, []
+    with tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal, smoothing=0) as bar:
+        say = bar.write if terminal else functools.partial(print, flush=True)
+        for number, group in enumerate(stacks, 1):
+            say(f"{group[0][0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+                + f": {args.schedule} schedule, {args.epochs} epochs of {steps} steps on {device}"
+                + (f", after epoch {finished(group[0])}" if finished(group[0]) else "")
+                + (f"; stack {number} of {len(stacks)}" if len(stacks) > 1 else ""))
+
+            def on_epoch(epoch, train_loss, test_loss):
+                nonlocal done
+                done += steps * len(group)                                                      # noqa: B023 - called in this turn
+                line = f"epoch {epoch:3d}" + (f"  train {train_loss:.4f}  test {test_loss:.4f}" if len(group) == 1 else "")  # noqa: B023
+                spent = time.perf_counter() - start
+                left = spent / (done - before) * (bar.total - done)
+                if terminal:
+                    bar.set_description(line)
+                elif len(group) == 1 or epoch % 10 == 0 or epoch == args.epochs:                # noqa: B023
+                    say(f"{line}  {spent:.0f} s, {left:.0f} s left")
+            with run.enough_memory("a smaller --stack, --width or --batch-size"):
+                failures += train_stack(group, device, lambda: bar.update(len(group)), on_epoch)  # noqa: B023
+    if failures:                           # the others are done
+        raise SystemExit("\n".join(failures))
+
+    for folder, config, _ in runs:
+        last = (history := run.load(folder)["history"])[-1]
+        if not (folder / "loss.png").exists():
+            plots.loss_curve(history, config, folder / "loss.png")
+        print(f"{folder}: test loss {last['test_loss']:.4f}, best possible {last['optimum']:.4f}; "
+              f"NELBO {last['test_nelbo']:.3f}, best possible {last['optimum_nelbo']:.3f} nats per dimension; "
+              f"{last['seconds']:.0f} s")
+    print("next: " + run.command("sample.py", "--ckpt", *(str(folder) for folder, _, _ in runs[:3]), *["..."] * (len(runs) > 3),
+                                 "--steps 512"))

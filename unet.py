@@ -1,4 +1,4 @@
-"""The network for pictures: a UNet of residual and attention blocks (thesis 4.2.1, Fig. 4.5 - 4.7).
+"""The network for images: a UNet of residual and attention blocks (thesis 4.2.1, Fig. 4.5 - 4.7).
 
 Read `targets.py` first: the network predicts any of its rows, and nothing in it depends on which. Two presets:
 
@@ -152,7 +152,7 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """model(z, t) -> prediction. z (B, image_channels, size, size), t (B,) in [0, 1]; returns z's shape.
 
-    attention: resolutions whose blocks attend; 16 means the block of 9 to 16 pixels, also for pictures of 28 x 28.
+    attention: resolutions whose blocks attend; 16 means the block of 9 to 16 pixels, also for images of 28 x 28.
     skips: "layer" or "block", how much the way down hands over to the way up. schedule: see `mlp.MLP`.
     """
 
@@ -193,7 +193,7 @@ class UNet(nn.Module):
 
 
 def flop(model, shape):
-    """FLOP of one forward pass of one picture of `shape` (C, H, W): two for each multiply and add."""
+    """FLOP of one forward pass of one image of `shape` (C, H, W): two for each multiply and add."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     device = next(model.parameters()).device
@@ -206,6 +206,6 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         model = UNet(**preset)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{flop(model, (3, 32, 32)) / 1e9:.2f} GFLOP forward for a picture of 32 x 32")
+              f"{flop(model, (3, 32, 32)) / 1e9:.2f} GFLOP forward for a image of 32 x 32")
         for part in "time", "input", "down", "mid", "up", "output":
             print(f"    {part:7s} {sum(p.numel() for p in getattr(model, part).parameters()):12,}")

@@ -98,7 +98,7 @@ def test_q_sample_is_equation_3_1(name):
     assert_close(ddpm.q_sample(x[0], T[5], eps[0], SCHEDULES[name]), alpha[5] * x[0] + sigma[5] * eps[0])
 
 
-def test_q_sample_of_pictures_uses_one_t_a_picture():
+def test_q_sample_of_images_uses_one_t_a_image():
     x, eps = torch.randn(2, 2, 3, 4, 4, dtype=F64)
     z = ddpm.q_sample(x, torch.tensor([0.2, 0.7], dtype=F64), eps, SCHEDULES["cosine"])
     assert_close(z[1], math.cos(0.35 * math.pi) * x[1] + math.sin(0.35 * math.pi) * eps[1])

@@ -1,4 +1,4 @@
-"""FID against pytorch-fid on the same pictures and weights, its distance against closed forms, and ways to get no FID."""
+"""FID against pytorch-fid on the same images and weights, its distance against closed forms, and ways to get no FID."""
 import os
 import pickle
 import subprocess
@@ -60,14 +60,14 @@ def model(hub):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two folders of PNGs, 66 grey and 70 in colour, and their pictures as `images.read_folder` gives them."""
+    """Two folders of PNGs, 66 grey and 70 in colour, and their images as `images.read_folder` gives them."""
     g, result = torch.Generator().manual_seed(1), {}
     for name, shape in ("grey", (66, 1, 28, 28)), ("colour", (70, 3, 32, 24)):
         folder = tmp_path_factory.mktemp(name)
-        level = torch.rand(shape[:2], generator=g)[..., None, None] * 128       # each picture has its brightness
+        level = torch.rand(shape[:2], generator=g)[..., None, None] * 128       # each image has its brightness
         result[folder] = (level + 128 * torch.rand(shape, generator=g)).to(torch.uint8)
-        for i, picture in enumerate(result[folder]):
-            Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:03d}.png")
+        for i, image in enumerate(result[folder]):
+            Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:03d}.png")
     return result
 
 
@@ -132,11 +132,11 @@ def test_moments_are_numpys():
 @pytest.mark.parametrize("dims", [64, 768])
 def test_features_are_pytorch_fids(hub, sets, dims):
     network = metrics.inception(str(hub), dims=dims)
-    for folder, pictures in sets.items():
+    for folder, images in sets.items():
         files = sorted(folder.glob("*.png"))[:3]                        # batches of 2 and 1
         reference = fid_score.get_activations(files, source.InceptionV3([source.InceptionV3.BLOCK_INDEX_BY_DIM[dims]]),
                                               batch_size=3, dims=dims, num_workers=0)
-        result = metrics.features(pictures[:3], network, batch_size=2)
+        result = metrics.features(images[:3], network, batch_size=2)
         assert result.shape == (3, dims) and not result.requires_grad
         assert_close(result, torch.from_numpy(reference).float(), rtol=1e-4, atol=1e-4)
 
@@ -189,15 +189,15 @@ def test_bad_statistics_end_in_one_sentence(model, tmp_path):
         metrics.main([str(tmp_path / "y.npz"), str(path)])
 
 
-def test_too_few_pictures_are_refused(model, tmp_path):
-    metrics.enough_pictures(2048)
+def test_too_few_images_are_refused(model, tmp_path):
+    metrics.enough_images(2048)
     with pytest.raises(SystemExit, match="2,047 are too few: .* 2,048 features is singular and FID is mostly bias - take"):
-        metrics.enough_pictures(2047)
-    pictures = torch.zeros(63, 1, 4, 4, dtype=torch.uint8)
+        metrics.enough_images(2047)
+    images = torch.zeros(63, 1, 4, 4, dtype=torch.uint8)
     with pytest.raises(SystemExit, match="63 are too few"):              # of the model's 64 features
-        metrics.statistics(pictures, model)
+        metrics.statistics(images, model)
     with pytest.raises(SystemExit, match="63 are too few"):
-        metrics.reference_statistics(tmp_path / "x.npz", lambda: pictures, model)
+        metrics.reference_statistics(tmp_path / "x.npz", lambda: images, model)
     assert not any(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Sets of pictures: every value, axis and split against what was written by hand, and every mistake a user can make."""
+"""Sets of images: every value, axis and split against what was written by hand, and every mistake a user can make."""
 import io
 import os
 import pickle
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 
 
-def picture(H, W, C=3):
-    """A random picture (H, W, C), (H, W) for C = 1: not symmetric in any way."""
+def image(H, W, C=3):
+    """A random image (H, W, C), (H, W) for C = 1: not symmetric in any way."""
     return RNG.integers(0, 256, (H, W, C) if C > 1 else (H, W), dtype=np.uint8)
 
 
@@ -47,14 +47,14 @@ def no_network(*args, **kwargs):
 
 
 def idx(folder, x, split):
-    """The four bytes, the sizes and the values of Yann LeCun's format, pictures and labels."""
+    """The four bytes, the sizes and the values of Yann LeCun's format, images and labels."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *x.shape) + x.tobytes())
     (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, len(x)) + bytes(len(x)))
 
 
 def cifar(folder, monkeypatch):
-    """Six batches of 4 pictures: rows of 3072 values, 1024 red ones, row by row, then green, then blue."""
+    """Six batches of 4 images: rows of 3072 values, 1024 red ones, row by row, then green, then blue."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.isfile(path))
     folder.mkdir(parents=True)
     batches = {name: RNG.integers(0, 256, (4, 3072), dtype=np.uint8)
@@ -143,11 +143,11 @@ def test_a_file_unpacked_by_half_is_one_sentence(tmp_path):
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths_with_rows_first_and_red_first(tmp_path):
-    truth = {name: picture(3, 5) for name in ("b/2.png", "a/9.PNG", "c.bmp", "a/x/y/10.ppm", "b/1.webp")}
+    truth = {name: image(3, 5) for name in ("b/2.png", "a/9.PNG", "c.bmp", "a/x/y/10.ppm", "b/1.webp")}
     for name, x in truth.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-    (tmp_path / "a/notes.txt").write_text("not a picture")
+    (tmp_path / "a/notes.txt").write_text("not a image")
     (tmp_path / "a/._9.png").write_text("what a Mac leaves behind")
     x = images.read_folder(tmp_path)
     assert x.shape == (5, 3, 3, 5) and x.dtype == torch.uint8
@@ -158,14 +158,14 @@ def test_a_folder_is_read_in_the_order_of_its_paths_with_rows_first_and_red_firs
 
 
 def test_linked_folders_count(tmp_path):
-    put(tmp_path / "elsewhere/1.png", picture(4, 4))
+    put(tmp_path / "elsewhere/1.png", image(4, 4))
     (tmp_path / "set").mkdir()
     (tmp_path / "set/cats").symlink_to(tmp_path / "elsewhere")
     assert len(images.read_folder(tmp_path / "set")) == 1
 
 
-def test_grey_stays_grey_until_one_picture_has_colour(tmp_path):
-    grey, bits, deep = picture(4, 6, 1), picture(4, 6, 1) > 127, RNG.integers(0, 2**16, (4, 6), dtype=np.uint16)
+def test_grey_stays_grey_until_one_image_has_colour(tmp_path):
+    grey, bits, deep = image(4, 6, 1), image(4, 6, 1) > 127, RNG.integers(0, 2**16, (4, 6), dtype=np.uint16)
     put(tmp_path / "1.png", grey)
     put(tmp_path / "2.png", bits)
     put(tmp_path / "3.png", deep)
@@ -175,17 +175,17 @@ def test_grey_stays_grey_until_one_picture_has_colour(tmp_path):
     x = images.read_folder(tmp_path)
     assert x.shape == (5, 1, 4, 6)
     assert all(torch.equal(a, chw(b)) for a, b in zip(x, expected))
-    colour = picture(4, 6)
+    colour = image(4, 6)
     put(tmp_path / "6.png", colour)
     x = images.read_folder(tmp_path)
     assert x.shape == (6, 3, 4, 6) and torch.equal(x[5], chw(colour))
     assert all(torch.equal(a, chw(b).expand(3, 4, 6)) for a, b in zip(x, expected))
-    for split in "train", "test":                                             # one colour picture, one C for both splits
+    for split in "train", "test":                                             # one colour image, one C for both splits
         assert images.load(tmp_path, split).shape[1] == 3
 
 
 def test_photos_are_turned_upright(tmp_path):
-    x = picture(3, 5)
+    x = image(3, 5)
     exif = Image.Exif()
     exif[0x0112] = 6                                                          # turn by 90 degrees clockwise
     Image.fromarray(x).save(tmp_path / "1.png", exif=exif)
@@ -193,7 +193,7 @@ def test_photos_are_turned_upright(tmp_path):
 
 
 def test_the_square_in_the_middle_is_cut_and_resized(tmp_path):
-    wide, tall = picture(4, 11), picture(9, 4)
+    wide, tall = image(4, 11), image(9, 4)
     put(tmp_path / "1.png", wide)
     put(tmp_path / "2.png", tall)
     x = images.read_folder(tmp_path, image_size=4)
@@ -207,7 +207,7 @@ def test_the_square_in_the_middle_is_cut_and_resized(tmp_path):
 
 def test_a_folder_without_splits_has_a_fixed_tenth_as_its_test_split(tmp_path):
     for i in range(45):
-        put(tmp_path / f"{'abc'[i % 3]}/{i}.png", picture(2, 3))
+        put(tmp_path / f"{'abc'[i % 3]}/{i}.png", image(2, 3))
     train, test, whole = images.load(tmp_path, "train"), images.load(tmp_path, "test"), images.read_folder(tmp_path)
     assert (len(train), len(test)) == (41, 4)
     assert sorted(keys(train) + keys(test)) == sorted(keys(whole)) and len(set(keys(whole))) == 45
@@ -215,64 +215,64 @@ def test_a_folder_without_splits_has_a_fixed_tenth_as_its_test_split(tmp_path):
     assert torch.equal(test, whole[order[:4].sort().values]) and order[:4].tolist() != order[:4].sort().values.tolist()
     assert torch.equal(train, images.load(str(tmp_path), "train"))
     for i in range(3):
-        put(tmp_path / f"three/{i}.png", picture(2, 3))
+        put(tmp_path / f"three/{i}.png", image(2, 3))
     assert (len(images.load(tmp_path / "three", "train")), len(images.load(tmp_path / "three", "test"))) == (2, 1)
 
 
 def test_subfolders_train_and_test_are_the_splits(tmp_path):
-    truth = {name: picture(2, 3) for name in ("train/a/1.png", "train/b/2.png", "test/a/3.png")}
+    truth = {name: image(2, 3) for name in ("train/a/1.png", "train/b/2.png", "test/a/3.png")}
     for name, x in truth.items():
         put(tmp_path / name, x)
     assert keys(images.load(tmp_path, "train")) == keys([chw(truth["train/a/1.png"]), chw(truth["train/b/2.png"])])
     assert keys(images.load(tmp_path, "test")) == keys([chw(truth["test/a/3.png"])])
-    put(tmp_path / "train/a/1.png", picture(4, 4))
-    put(tmp_path / "train/b/2.png", picture(4, 4))                            # each split has one size, but not the same
+    put(tmp_path / "train/a/1.png", image(4, 4))
+    put(tmp_path / "train/b/2.png", image(4, 4))                            # each split has one size, but not the same
     with pytest.raises(SystemExit, match="mixed sizes: .*test/a/3.png is 3 x 2 and .*train/a/1.png is 4 x 4 - .*--image-size"):
         images.load(tmp_path, "train")
 
 
 def test_mistakes_with_folders_are_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="no folder of pictures at .*/photos - give .* one of cifar10, fashion_mnist, mnist"):
+    with pytest.raises(SystemExit, match="no folder of images at .*/photos - give .* one of cifar10, fashion_mnist, mnist"):
         images.load(tmp_path / "photos", "train")
-    with pytest.raises(SystemExit, match=f"no pictures under {tmp_path} - put some there, .* .jpg .jpeg .png"):
+    with pytest.raises(SystemExit, match=f"no images under {tmp_path} - put some there, .* .jpg .jpeg .png"):
         images.read_folder(tmp_path)
-    put(tmp_path / "1.png", picture(2, 3))
-    with pytest.raises(SystemExit, match="a single picture, .*/1.png - two are needed"):
+    put(tmp_path / "1.png", image(2, 3))
+    with pytest.raises(SystemExit, match="a single image, .*/1.png - two are needed"):
         images.load(tmp_path, "train")
-    put(tmp_path / "2.png", picture(3, 3))
+    put(tmp_path / "2.png", image(3, 3))
     with pytest.raises(SystemExit, match="mixed sizes: .*/1.png is 3 x 2 and .*/2.png is 3 x 3 - .*--image-size"):
         images.read_folder(tmp_path)
     assert images.read_folder(tmp_path, image_size=2).shape == (2, 3, 2, 2)
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "half a jpeg", "half a png", "a png with a wrong bit"])
-def test_a_corrupt_picture_is_named_or_skipped(tmp_path, kind, capsys):
-    good = {name: picture(16, 16) for name in ("1.png", "3.png", "4.png")}
+def test_a_corrupt_image_is_named_or_skipped(tmp_path, kind, capsys):
+    good = {name: image(16, 16) for name in ("1.png", "3.png", "4.png")}
     for name, x in good.items():
         put(tmp_path / name, x)
     whole = io.BytesIO()
-    Image.fromarray(picture(16, 16)).save(whole, "jpeg" if "jpeg" in kind else "png")
+    Image.fromarray(image(16, 16)).save(whole, "jpeg" if "jpeg" in kind else "png")
     whole = whole.getvalue()
-    bad = {"text": b"not a picture", "empty": b"", "a png with a wrong bit": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]}
+    bad = {"text": b"not a image", "empty": b"", "a png with a wrong bit": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]}
     path = tmp_path / ("2.jpg" if "jpeg" in kind else "2.png")
     path.write_bytes(bad.get(kind, whole[:len(whole) // 2]))
-    with pytest.raises(SystemExit, match=f"cannot read the picture {path} .* - mend or delete it, .* --skip-corrupt") as stop:
+    with pytest.raises(SystemExit, match=f"cannot read the image {path} .* - mend or delete it, .* --skip-corrupt") as stop:
         images.read_folder(tmp_path)
     assert "\n" not in str(stop.value)
     x = images.read_folder(tmp_path, skip_corrupt=True)
     assert keys(x) == keys([chw(p) for p in good.values()])
-    assert capsys.readouterr().err == "skipped 1 of 4 pictures that cannot be read\n"
-    put(tmp_path / "train/1.png", picture(16, 16))
+    assert capsys.readouterr().err == "skipped 1 of 4 images that cannot be read\n"
+    put(tmp_path / "train/1.png", image(16, 16))
     (tmp_path / "test").mkdir()
     path.rename(tmp_path / "test" / path.name)                                # a corrupt one leads the set, none else is in test
     assert images.load(tmp_path, "train", skip_corrupt=True).shape == (1, 3, 16, 16)
-    with pytest.raises(SystemExit, match="none of the 1 pictures, .*/test/2.*, can be read"):
+    with pytest.raises(SystemExit, match="none of the 1 images, .*/test/2.*, can be read"):
         images.load(tmp_path, "test", skip_corrupt=True)
-    with pytest.raises(SystemExit, match="none of the 1 pictures"):
+    with pytest.raises(SystemExit, match="none of the 1 images"):
         images.read_folder(tmp_path / "test", skip_corrupt=True)
 
 
-def test_the_grid_has_pictures_in_rows_and_white_elsewhere():
+def test_the_grid_has_images_in_rows_and_white_elsewhere():
     x = torch.from_numpy(RNG.integers(0, 255, (5, 3, 4, 6), dtype=np.uint8))
     y = images.grid(x, 3)
     assert y.shape == (3, 2 * 6 + 2, 3 * 8 + 2) and y.dtype == torch.uint8
@@ -287,7 +287,7 @@ def test_the_grid_has_pictures_in_rows_and_white_elsewhere():
 
 @pytest.mark.parametrize("C", [1, 3])
 def test_a_png_keeps_every_value(tmp_path, C):
-    x = picture(4, 6, C)
+    x = image(4, 6, C)
     images.save_png(chw(x), tmp_path / "new/x.png")
     with Image.open(tmp_path / "new/x.png") as read:
         assert (read.format, read.mode) == ("PNG", {1: "L", 3: "RGB"}[C]) and np.array_equal(np.asarray(read), x)
@@ -298,7 +298,7 @@ def test_a_full_disk_keeps_the_old_png(tmp_path):
     (tmp_path / "x.png").write_bytes(b"old")
     (tmp_path / "x.png.tmp").symlink_to("/dev/full")
     with pytest.raises(SystemExit, match="cannot write .*x.png: No space left"):
-        images.save_png(chw(picture(4, 6)), tmp_path / "x.png")
+        images.save_png(chw(image(4, 6)), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes() == b"old"
 
 
@@ -314,4 +314,4 @@ def test_the_script_shows_a_set(tmp_path, monkeypatch, capsys):
     with Image.open("images.png") as shown:
         assert shown.size == (2 * 5 + 2, 4 + 2)
     result = subprocess.run([sys.executable, ROOT / "images.py", "none"], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.startswith("no folder of pictures at none") and result.stderr.count("\n") == 1
+    assert result.returncode == 1 and result.stderr.startswith("no folder of images at none") and result.stderr.count("\n") == 1

@@ -1,5 +1,4 @@
 """The bound and the ODE against closed forms, quadrature, scipy and the exact density of the data."""
-import argparse
 import json
 import math
 import shutil
@@ -8,21 +7,20 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from test_ddpm import alpha_sigma, every_schedule
 from torch import distributions
 from torch.testing import assert_close
 
-import ddpm
 import images
+import kind_images
+import kind_points
 import likelihood
 import losses
 import run
-import sample
 import train
-import train_points
 import unet
 from datasets2d import DATASETS, GaussianMixture, rings, standardised, swiss_roll, waves
 from ddpm import SCHEDULES
-from test_ddpm import alpha_sigma, every_schedule
 
 F64 = torch.float64
 COSINE = SCHEDULES["cosine"]
@@ -82,7 +80,7 @@ def test_the_probability_of_a_level_is_that_of_its_bin():
 
 
 @every_schedule
-def test_the_reconstruction_of_pictures_sees_z_0(name):
+def test_the_reconstruction_of_images_sees_z_0(name):
     x, eps = LEVELS[torch.randint(256, (3, 1, 4, 4), generator=seed(0))], torch.randn(3, 1, 4, 4, generator=seed(1), dtype=F64)
     alpha, sigma = at(name, 0.001)
     z = alpha * x + sigma * eps
@@ -91,20 +89,23 @@ def test_the_reconstruction_of_pictures_sees_z_0(name):
 
 
 @every_schedule
-@pytest.mark.parametrize("uniform", ["logsnr", "t"])
-def test_t_is_drawn_uniformly_in_what_was_asked_and_its_density_is_right(name, uniform):
+@pytest.mark.parametrize("uniform", ["logsnr", "uniform"])
+def test_t_is_drawn_uniformly_in_what_was_asked_and_its_importance_is_right(name, uniform):
     schedule, n = SCHEDULES[name], 20_000
-    t, density = likelihood.draw_t((3, n), schedule, 0.01, uniform, seed(0), F64)
-    assert t.shape == density.shape == (3, n) and 0.01 <= t.min() and t.max() <= 0.99
+    t, importance = losses.draw_t((3, n), schedule, 0.01, uniform, seed(0), F64)
+    assert t.shape == importance.shape == (3, n) and 0.01 <= t.min() and t.max() <= 0.99
     alpha, sigma = alpha_sigma("ve", t) if name == "ve" else (schedule.alpha(t), schedule.sigma(t))
     value = (alpha / sigma).log() if uniform == "logsnr" else t
     ends = (schedule.alpha(c) / schedule.sigma(c) for c in torch.tensor([0.99, 0.01], dtype=F64))
     low, high = (c.log().item() for c in ends) if uniform == "logsnr" else (0.01, 0.99)
     assert_close(((value - low) / (high - low)).sort(1).values, ((torch.arange(n) + 0.5) / n).double().expand(3, n), rtol=0, atol=1.01 / n)
-    for power in 0, 2, 5:                                                  # the mean of f(t) / p(t) is the integral of f
-        expected = (0.99**(power + 1) - 0.01**(power + 1)) / (power + 1)
-        assert abs((t**power / density).mean() - expected) < 1e-3
-    assert likelihood.draw_t((4,), schedule, uniform=uniform)[0].dtype == torch.float32
+    for power in 0, 2, 5:                                                  # the mean of f(t) times it is that over t uniform
+        expected = (0.99**(power + 1) - 0.01**(power + 1)) / (power + 1) / 0.98
+        assert abs((t**power * importance).mean() - expected) < 1e-3
+    assert losses.draw_t((4,), schedule, density=uniform)[0].dtype == torch.float32
+    assert uniform == "logsnr" or (importance == 1).all()                  # exactly: training with t uniform is untouched
+    with pytest.raises(ValueError, match="unknown density of t 'x': choose from uniform, logsnr"):
+        losses.draw_t((4,), schedule, density="x")
 
 
 def exact_bound(data, x, name="cosine", t_min=1e-3, **options):
@@ -186,7 +187,7 @@ def test_the_discrete_bound_of_a_wrong_model_is_the_sum_of_its_kl_terms(T):
     assert abs(found.mean() - expected) < 4 * found.std() / 50_000**0.5
 
 
-def test_the_terms_of_pictures_and_the_error():
+def test_the_terms_of_images_and_the_error():
     """Sums over all pixels, a mean over the draws, and the standard error of the draws."""
     x = LEVELS[torch.randint(256, (3, 2, 4, 4), generator=seed(0))]
     found = likelihood.bound(lambda z, t: 0 * z, x, target="eps", schedule=COSINE, reconstruction=likelihood.discretised, draws=4000,
@@ -268,11 +269,11 @@ def test_hutchinsons_divergence_is_unbiased_and_exact_for_a_diagonal_one():
     assert estimates.std() > 1e-3 and abs(estimates.mean() - exact) < 4 * estimates.std() / 300**0.5
     many = likelihood.log_likelihood(model, x.expand(300, 2), probes=16, generator=seed(1), **options)[0]
     assert 0.1 < (many.std() / estimates.std()) < 0.4                      # 1 / 4
-    picture = lambda z, t: 0.3 * z                                         # noqa: E731
+    image = lambda z, t: 0.3 * z                                         # noqa: E731
     x = torch.randn(3, 1, 4, 4, generator=seed(2), dtype=F64)
     diagonal = dict(target="v", schedule=COSINE, steps=10)
-    assert_close(likelihood.log_likelihood(picture, x, probes=1, generator=seed(1), **diagonal)[0],
-                 likelihood.log_likelihood(picture, x, **diagonal)[0])
+    assert_close(likelihood.log_likelihood(image, x, probes=1, generator=seed(1), **diagonal)[0],
+                 likelihood.log_likelihood(image, x, **diagonal)[0])
 
 
 def test_a_flow_that_explodes_is_an_error_and_not_a_number():
@@ -305,8 +306,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    out = tmp_path_factory.mktemp("pictures")
+def image_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("images")
     g = seed(4)
     for i in range(40):
         images.save_png(torch.randint(256, (3, 8, 8), generator=g, dtype=torch.uint8), out / "data" / f"{i}.png")
@@ -322,8 +323,8 @@ def test_the_terms_of_a_run_are_printed_and_written_beside_the_entropy(trained, 
     likelihood.main(["--ckpt", str(trained), "--num", "300", "--draws", "8", "--ode-steps", "10", "--t-min", "0.01", "--seed", "5",
                      "--num-ode", "200", "--batch-size", "150", "--device", "cpu"])
     out, result = capsys.readouterr().out, json.loads((trained / "likelihood.json").read_text())
-    data, state = DATASETS["clusters"], run.load(trained)
-    model, x = sample.build_model([state]).double(), train_points.test_set("clusters").double()
+    data = DATASETS["clusters"]
+    model, x = run.open(trained).model().double(), kind_points.load(dict(data="clusters")).double()
     options = dict(target="s", schedule=COSINE, t_min=0.01, stabiliser=0.01)
     g = run.generator("cpu", 5, "likelihood")
     terms, exact = [], []
@@ -351,7 +352,7 @@ def test_the_terms_of_a_run_are_printed_and_written_beside_the_entropy(trained, 
 def test_the_discrete_bound_the_other_draw_and_adaptive_steps_of_a_run(trained, capsys):
     common = ["--ckpt", str(trained), "--num", "100", "--draws", "4", "--device", "cpu"]
     read = lambda: json.loads((trained / "likelihood.json").read_text())
-    model, x = sample.build_model([run.load(trained)]).double(), train_points.test_set("clusters")[:100].double()
+    model, x = run.open(trained).model().double(), kind_points.load(dict(data="clusters"))[:100].double()
     options = dict(target="s", schedule=COSINE, stabiliser=0.01, draws=4)
     for arguments, extra in (["--steps", "7"], dict(steps=7)), (["--uniform", "t"], dict(uniform="t")):
         likelihood.main([*common, *arguments, "--num-ode", "0"])
@@ -367,8 +368,8 @@ def test_the_discrete_bound_the_other_draw_and_adaptive_steps_of_a_run(trained, 
     assert read()["evaluations"] not in (0, 256) and "T = 7" in capsys.readouterr().out
 
 
-def test_pictures_have_bits_per_dimension_and_a_dequantised_density(pictures, capsys, monkeypatch):
-    folder, data = pictures
+def test_images_have_bits_per_dimension_and_a_dequantised_density(image_run, capsys, monkeypatch):
+    folder, data = image_run
     likelihood.main(["--ckpt", str(folder), "--num", "4", "--draws", "3", "--num-ode", "2", "--ode-steps", "4", "--device", "cpu"])
     out, result = capsys.readouterr().out, json.loads((folder / "likelihood.json").read_text())
     config = run.load(folder)["config"]
@@ -393,30 +394,36 @@ def test_pictures_have_bits_per_dimension_and_a_dequantised_density(pictures, ca
     assert len(seen[0]) == 3 and distance.max() < 1 and abs(distance.mean() - 0.5) < 0.05
 
 
-def test_several_runs_their_defaults_and_another_folder(trained, pictures, tmp_path, monkeypatch):
-    """Points: 100 draws, 10,000 points, all of them, exactly; pictures: 16 draws, 500 pictures (here the 4 of the test split), 16, 1 probe."""
+def test_several_runs_their_defaults_and_another_folder(trained, image_run, tmp_path, monkeypatch):
+    """Points: 100 draws, 10,000 points, all of them, exactly; images: 16 draws, 500 images (here the 4 of the test split), 16, 1 probe."""
     calls, original = [], likelihood.evaluate
     monkeypatch.setattr(likelihood, "evaluate", lambda model, x, config, *args: calls.append((x, args)) or original(
         model, x[:4], config, 2, None, "logsnr", 2, 2, None, *args[6:]))
-    likelihood.main(["--ckpt", str(trained), str(pictures[0]), "--out", str(tmp_path), "--device", "cpu"])
-    (points, of_points), (images_, of_pictures) = calls
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    likelihood.main(["--ckpt", str(trained), str(again), "--out", str(tmp_path), "--device", "cpu"])
+    likelihood.main(["--ckpt", str(image_run[0]), "--out", str(tmp_path / "images"), "--device", "cpu"])
+    (points, of_points), _, (images_, of_images) = calls
     assert points.shape == (10_000, 2) and points.dtype == F64 and images_.shape == (4, 3, 8, 8)
     assert of_points[:8] == (100, None, "logsnr", None, 64, None, None, 1e-3) and of_points[8] == 5000
-    assert of_pictures[:8] == (16, None, "logsnr", 16, 64, None, 1, 1e-3) and of_pictures[8] == 50
-    results = [json.loads((tmp_path / folder.name / "likelihood.json").read_text()) for folder in (trained, pictures[0])]
-    assert [(r["draws"], r["probes"], r["dimensions"]) for r in results] == [(100, None, 2), (16, 1, 192)]
+    assert of_images[:8] == (16, None, "logsnr", 16, 64, None, 1, 1e-3) and of_images[8] == 50
+    results = [json.loads((tmp_path / name / "likelihood.json").read_text()) for name in (trained.name, "again", "images")]
+    assert [(r["draws"], r["probes"], r["dimensions"]) for r in results] == [(100, None, 2)] * 2 + [(16, 1, 192)]
+    with pytest.raises(SystemExit, match="points and images cannot be mixed in one call"):
+        likelihood.main(["--ckpt", str(trained), str(image_run[0])])
+    with pytest.raises(SystemExit, match="two of these runs have one name"):
+        likelihood.main(["--ckpt", str(trained), str(trained), "--out", str(tmp_path)])
 
 
-def test_the_schedule_of_a_run_and_the_size_of_its_pictures(tmp_path, pictures):
+def test_the_schedule_of_a_run_and_the_size_of_its_images(tmp_path, image_run):
     train.main(["--data", "waves", "--target", "v", "--schedule", "linear", "--epochs", "1", "--width", "8", "--device", "cpu",
                 "--out", str(tmp_path)])
     likelihood.main(["--ckpt", str(tmp_path / "waves-v-mse-s0"), "--num", "50", "--draws", "2", "--num-ode", "0", "--device", "cpu"])
     result = json.loads((tmp_path / "waves-v-mse-s0" / "likelihood.json").read_text())
     high = SCHEDULES["linear"].ends(1e-3)[1]
     assert result["reconstruction"][0] == pytest.approx(1 + math.log(2 * math.pi) - high)
-    config = run.load(pictures[0])["config"] | {"image_size": 4}
-    args = argparse.Namespace(num=3, data_dir=None)
-    assert likelihood.load(config, args, torch.device("cpu")).shape == (3, 3, 4, 4)
+    config = run.load(image_run[0])["config"] | {"image_size": 4}
+    assert kind_images.test_examples(config, 3, torch.device("cpu")).shape == (3, 3, 4, 4)
 
 
 def test_likelihoods_that_are_not_finite_are_one_sentence(trained, tmp_path):
@@ -429,8 +436,8 @@ def test_likelihoods_that_are_not_finite_are_one_sentence(trained, tmp_path):
     assert not (tmp_path / "likelihood.json").exists()
 
 
-def test_a_run_on_pictures_without_its_pictures(pictures, tmp_path):
-    folder, data = pictures
+def test_a_run_on_images_without_its_images(image_run, tmp_path):
+    folder, data = image_run
     shutil.move(data, tmp_path / "elsewhere")
     try:
         with pytest.raises(SystemExit, match="data"):
@@ -451,7 +458,7 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
 def test_a_flow_that_explodes_and_a_missing_run_are_one_sentence(trained, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no checkpoint at .* train one first"):
         likelihood.main(["--ckpt", str(tmp_path)])
-    monkeypatch.setattr(sample, "build_model", lambda states, device: Cube())
+    monkeypatch.setattr(run.Run, "model", lambda self, device: Cube())
     with pytest.raises(SystemExit, match="cannot be integrated .* larger, or leave it out|not finite"):
         likelihood.main(["--ckpt", str(trained), "--num", "5", "--draws", "2", "--tolerance", "1e-6", "--device", "cpu"])
 

@@ -76,5 +76,7 @@ def test_curves_over_evaluations_stand_beside_the_floor(saved):
     heun, sde, dotted = axes[3].lines
     assert list(heun.get_xdata()) == [2, 8] and np.allclose(heun.get_ydata(), [0.6, 0.1]) and np.allclose(sde.get_ydata(), [2, 0.4])
     assert set(dotted.get_ydata()) == {0.02} and dotted.get_linestyle() == ":"
-    assert np.allclose(axes[0].patches[0].get_extents().transformed(axes[0].transData.inverted()).intervaly, [0.02, 0.03])
-    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["heun", "sde", "floor"]
+    assert np.allclose(axes[0].patches[0].get_extents().transformed(axes[0].transData.inverted()).intervaly, [0.02, 0.02 + 2 * 0.005 / 2**0.5])
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["heun", "sde", "floor", "+ 2 standard errors"]
+    colours = [line.get_color() for line in axes[0].lines[:2]]
+    assert not {plots.matplotlib.colors.to_hex(c).upper() for c in colours} & {c.upper() for c in plots.COLOURS.values()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ddpm
+import kind_points
 import metrics
 import mlp
 import plots
@@ -19,7 +20,6 @@ import run
 import sample
 import samplers
 import train
-import train_points
 from datasets2d import DATASETS
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def test_samples_and_distances(trained, tmp_path, capsys):
     samples = np.load(tmp_path / "samples.npy")
     assert samples.shape == (5000, 2) and samples.dtype == np.float32
     result = json.loads((tmp_path / "metrics.json").read_text())
-    real = train_points.test_set("clusters")
+    real = kind_points.load(dict(data="clusters"))
     assert real.shape == (50_000, 2)
     for name in "mean_distance", "covariance_distance":
         assert abs(result[name] - getattr(metrics, name)(torch.from_numpy(samples), real).item()) < 1e-6
@@ -77,7 +77,7 @@ def test_the_grid_of_steps_has_its_own_t_min(trained, tmp_path):
     state["config"]["t_min"] = 1e-6
     state["history"] = state["history"][:2]
     run.save(tmp_path / "ckpt.pt", state)
-    model = train_points.build_model(state["config"])
+    model = kind_points.build_model(state["config"])
     model.load_state_dict(state["model"])
     for extra, t_min in ([], 1e-3), (["--t-min", "0.02"], 0.02):
         draw(tmp_path, "--steps", "3", "--num-samples", "20", *extra)
@@ -175,13 +175,13 @@ def test_a_full_disk_keeps_the_old_samples(trained, tmp_path):
     assert (tmp_path / "samples.npy").read_bytes() == before
 
 
-def test_defaults_and_what_the_picture_shows(trained, tmp_path, monkeypatch):
+def test_defaults_and_what_the_image_shows(trained, tmp_path, monkeypatch):
     args = sample.parse([])
     assert (args.ckpt, args.steps, args.num_samples, args.seed, args.out) == (None, 512, None, 0, None)
     shown = {}
     monkeypatch.setattr(plots, "scatter", lambda panels, path: shown.update(panels))
     draw(trained, "--steps", "2", "--num-samples", "50", "--out", str(tmp_path))
-    assert torch.equal(shown["clusters, data"], train_points.test_set("clusters"))
+    assert torch.equal(shown["clusters, data"], kind_points.load(dict(data="clusters")))
     assert np.array_equal(shown["v, mse, 2 steps"].numpy(), np.load(tmp_path / "samples.npy"))
     assert plots.plt.get_fignums() == []
 
@@ -199,7 +199,7 @@ def test_exit_codes_from_a_shell(tmp_path):
 
 
 def test_sampler_and_grid_reach_the_samples_and_the_record(trained, tmp_path, capsys):
-    model = train_points.build_model(run.load(trained)["config"])
+    model = kind_points.build_model(run.load(trained)["config"])
     model.load_state_dict(run.load(trained)["model"])
     for arguments, how in (["--sampler", "dpmpp", "--grid", "karras"], dict(sampler="dpmpp", grid="karras")), \
                           (["--sampler", "ddim", "--eta", "0.5"], dict(sampler="ddim", grid="t", eta=0.5)):

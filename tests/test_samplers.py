@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
+from test_ddpm import alpha_sigma, every_schedule
 from torch.testing import assert_close
 
-import ddpm
 import metrics
 import samplers
 from datasets2d import DATASETS, rings, standardised, swiss_roll, waves
 from ddpm import SCHEDULES
-from test_ddpm import alpha_sigma, every_schedule
 
 F64 = torch.float64
 every_sampler = pytest.mark.parametrize("sampler", samplers.SAMPLERS)
@@ -239,7 +238,7 @@ def test_the_grids(name):
     assert_close(samplers.GRIDS["t"](n, **like), t_min + (1 - 2 * t_min) * (n - i) / n)
     ends = torch.tensor([1 - t_min, t_min], dtype=F64)
     alpha, sigma = alpha_sigma(name, torch.cat([ends, *(samplers.GRIDS[grid](n, **like) for grid in ("logsnr", "karras"))]))
-    first, last = ratio = (sigma / alpha)[:2]
+    first, last = (sigma / alpha)[:2]
     assert_close((sigma / alpha).log()[2:2 + n], first.log() + i / (n - 1) * (last / first).log(), rtol=1e-6, atol=1e-7)
     expected = (first**(1 / 7) + i / (n - 1) * (last**(1 / 7) - first**(1 / 7)))**7
     assert_close((sigma / alpha)[2 + n:], expected, rtol=1e-6, atol=1e-9)

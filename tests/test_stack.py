@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import kind_points
 import run
 import sample
+import settings
 import stack
 import train
 import train_points
@@ -57,10 +59,10 @@ def test_a_member_is_the_network_trained_alone(stacked, tmp_path, data, target, 
 @pytest.mark.parametrize("width, members", [(16, 5), (128, 8)])
 def test_predictions_and_steps_of_plain_gradient_descent_are_the_same_bits(width, members):
     """All but Adam, whose fused kernel rounds the end of a tensor otherwise."""
-    names = train.configs(train.parse([*STACK, *FAST, "--width", str(width)]))[:members]
+    names = settings.configs(train.parse([*STACK, *FAST, "--width", str(width)]))[:members]
     torch.manual_seed(0)
-    alone = [train_points.build_model(config) for config in names]
-    together = train_points.build_model(names[0], members)
+    alone = [kind_points.build_model(config) for config in names]
+    together = kind_points.build_model(names[0], members)
     together.load_state_dict(stack.join([model.state_dict() for model in alone]))
     points = {(data, seed): torch.randn(2048, 2) for data, seed in itertools.product(("clusters", "rings"), (0, 1))}
     data = [points[config["data"], config["seed"]] for config in names]
@@ -149,13 +151,15 @@ def test_samples_of_a_stack_are_those_of_its_members(stacked, tmp_path):
 
 
 def test_only_runs_alike_are_stacked():
-    runs = [(i, {"config": dict(schedule="cosine", t_min=t_min, stabiliser=0.0, width=8, target="x")})
-            for i, t_min in enumerate([1e-3] * 10 + [1e-6] + [1e-3])]
-    assert [[i for i, _ in group] for group in sample.in_stacks(runs, "cpu")] == [[*range(8)], [8, 9, 11], [10]]
-    assert [len(group) for group in sample.in_stacks(runs, "cuda")] == [11, 1]
-    for key, value in ("schedule", "linear"), ("stabiliser", 0.01), ("width", 16):
-        other = {"config": {**runs[0][1]["config"], key: value}}
-        assert len(sample.in_stacks([runs[0], (1, other)], "cpu")) == 2
+    opened = lambda i, **config: run.Run(str(i), {"config": dict(data="rings", target="x", loss="mse", seed=i) | config, "history": []})
+    runs = [opened(i, t_min=t_min) for i, t_min in enumerate([1e-3] * 10 + [1e-6] + [1e-3])]
+    assert [[int(one.folder.name) for one in group.members] for group in run.stacks(runs, "cpu")] == [[*range(8)], [8, 9, 11], [10]]
+    assert [len(group.members) for group in run.stacks(runs, "cuda")] == [11, 1]
+    for key, value in ("schedule", "linear"), ("stabiliser", 0.01), ("width", 16), ("t_density", "logsnr"):
+        assert len(run.stacks([runs[0], opened(1, **{key: value})], "cpu")) == 2
+        with pytest.raises(SystemExit, match=f"0 and 1 differ in {key} and cannot be one stack"):
+            run.Stack([runs[0], opened(1, **{key: value})])
+    assert len(run.stacks([runs[0], opened(1, data="waves", target="v", loss="nelbo")], "cpu")) == 1
 
 
 def test_interleave_gives_each_member_its_block():
@@ -199,12 +203,12 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
     monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda g: contextlib.nullcontext())
-    config, = train.configs(train.parse(["--width", "8"]))
+    config, = settings.configs(train.parse(["--width", "8"]))
     batches = [(torch.randn(20, 2), torch.rand(20), torch.randn(20, 2), torch.rand(20)) for _ in range(3)]
     results, first = [], [c.clone() for c in batches[0]]
     for capture in False, True:
         torch.manual_seed(0)
-        model = train_points.build_model(config, 2)
+        model = kind_points.build_model(config, 2)
         optimizer = train_points.build_optimizer(model, config)
         step = original = train_points.build_step(model, optimizer, 2)
         if not fresh:
@@ -223,17 +227,17 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_captured_step_on_cuda_is_the_eager_one(resumed):
     """Two epochs; resumed: the second with model and optimizer that come from a checkpoint."""
-    configs = train.configs(train.parse(["--target", "x", "v", "--width", "32"]))
-    data, results = train_points.test_set("rings").cuda(), []
+    configs = settings.configs(train.parse(["--target", "x", "v", "--width", "32"]))
+    data, results = kind_points.load(dict(data="rings")).cuda(), []
     for build in (lambda *c: train_points.build_step(*c[:3])), train_points.ready_step:
         torch.manual_seed(0)
-        model = train_points.build_model(configs[0], 2).cuda()
+        model = kind_points.build_model(configs[0], 2).cuda()
         optimizer = train_points.build_optimizer(model, configs[0])
         step = build(model, optimizer, 2, 512)
         for epoch in range(2):
             if epoch and resumed:
                 weights, state = copy.deepcopy(model.state_dict()), optimizer.state_dict()["state"]
-                model = train_points.build_model(configs[0], 2).cuda()
+                model = kind_points.build_model(configs[0], 2).cuda()
                 model.load_state_dict(weights)
                 optimizer = train_points.build_optimizer(model, configs[0])
                 parts = [stack.member(state, m) for m in range(2)]

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import kind_points
 import losses
 import run
+import settings
 import train
 import train_points
 import unet
@@ -111,9 +113,9 @@ def drawn(monkeypatch):
 
 def test_an_epoch_is_the_loop_written_by_hand(drawn):
     """Steps of plain gradient descent on losses.loss, batch by batch: every setting of the config counts."""
-    config, = train.configs(train.parse([*FAST, *HARD, "--lr", "0.01"]))
+    config, = settings.configs(train.parse([*FAST, *HARD, "--lr", "0.01"]))
     data = DATASETS["clusters"].sample(22_000, torch.Generator().manual_seed(0))
-    model = train_points.build_model(config)
+    model = kind_points.build_model(config)
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     step_losses, over_t = train_points.train_epoch(train_points.build_step(model, optimizer, 1), optimizer, [data], 1, [config])
@@ -141,10 +143,10 @@ def test_an_epoch_is_the_loop_written_by_hand(drawn):
 def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, drawn):
     fit(tmp_path, *HARD, "--epochs", "1")
     x, t, eps = drawn[0]
-    assert torch.equal(x, train_points.test_set("clusters")) and t.min() >= 0.05
+    assert torch.equal(x, kind_points.load(dict(data="clusters"))) and t.min() >= 0.05
     setting = dict(target="s", loss="nelbo", schedule=SCHEDULES["ve"], stabiliser=0.02)
     state = run.load(tmp_path / "clusters-s-nelbo-s0")
-    model = train_points.build_model(state["config"])
+    model = kind_points.build_model(state["config"])
     model.load_state_dict(state["model"])
     best = DATASETS["clusters"].optimal_model("s", SCHEDULES["ve"], 0.02)
     for key, network in ("test_loss", model), ("optimum", best):
@@ -152,7 +154,7 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
         assert abs(state["history"][0][key] / value - 1) < 1e-4
     grad = []
     batches = torch.ones(10, 4, 2)
-    train_points.evaluate(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches, torch.ones(2, 20, 3))
+    kind_points.test(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches, torch.ones(2, 20, 3))
     assert grad == 10 * [False]
 
 
@@ -160,7 +162,7 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
 def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low, schedule):
     """Their mean over the test points whose t is in the range, whatever range the run is trained on."""
     config = dict(data="rings", target="s", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.01)
-    z, t, y, weights = train_points.test_batch(config)
+    z, t, y, weights = kind_points.test_batch(config)
     errors, inside = (z - y).double().square().mean(1), (t >= low) & (t <= 1 - low)
     assert bool((~inside).any()) == (t_min < low) and (weights[:, 0] == 1).all()
     for k, judge in (1, "rescaled"), (2, "nelbo"):
@@ -171,25 +173,25 @@ def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low, s
 def test_configs_are_all_combinations_each_once():
     args = train.parse(["--data", "rings", "waves", "rings", "--target", "x", "v", "x", "--loss", "mse", "mse", "--seeds", "2",
                         "--seed", "5"])
-    assert [(c["data"], c["seed"], c["target"]) for c in train.configs(args)] == [
+    assert [(c["data"], c["seed"], c["target"]) for c in settings.configs(args)] == [
         (data, seed, target) for data in ("rings", "waves") for seed in (5, 6) for target in ("x", "v")]
 
 
 def test_defaults_are_the_documented_ones():
     args = vars(train.parse([]))
-    pictures = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None, channel_mult=None, layers=None,
-                    mid_blocks=None, attention=None, precision="auto", ema=0.9999, warmup=1000, clip_norm=1.0, minutes=math.inf,
-                    test_every=2000, grid_every=10_000, compile=None)
-    assert args == dict(kind="points", **pictures, data=["rings"], target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, stabiliser=0.0, epochs=100,
-                        batch_size=512, lr=1e-3, width=128, seed=0, seeds=1, device="auto", stack=None, out="runs",
-                        resume=False, overwrite=False)
-    of_pictures = train.parse(["--data", "cifar10"])
-    assert (of_pictures.kind, of_pictures.epochs, of_pictures.batch_size, of_pictures.lr) == ("pictures", 500, 128, 2e-4)
-    assert train.configs(of_pictures)[0].items() >= unet.PRESETS["ddpm"].items()
-    changed, = train.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32", "--attention", "0"]))
+    shared = dict(target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, t_density="uniform", stabiliser=0.0, seed=0, seeds=1,
+                  device="auto", stack=None, out="runs", resume=False, overwrite=False)
+    images = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None, channel_mult=None, layers=None,
+                  mid_blocks=None, attention=None, precision="auto", ema=0.9999, warmup=1000, clip_norm=1.0, minutes=math.inf,
+                  test_every=2000, grid_every=10_000, compile=None)
+    assert args == dict(kind="points", **dict.fromkeys(images), **shared, data=["rings"], epochs=100, batch_size=512, lr=1e-3, width=128)
+    of_images = train.parse(["--data", "cifar10"])
+    assert vars(of_images) == dict(kind="images", **images, **shared, data=["cifar10"], epochs=500, batch_size=128, lr=2e-4, width=None)
+    assert settings.configs(of_images)[0].items() >= unet.PRESETS["ddpm"].items()
+    changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32", "--attention", "0"]))
     assert changed.items() >= (unet.PRESETS["thesis"] | dict(channels=32, attention=[0])).items()
-    config, = train.configs(train.parse([]))
-    optimizer = train_points.build_optimizer(train_points.build_model(config), config)
+    config, = settings.configs(train.parse([]))
+    optimizer = train_points.build_optimizer(kind_points.build_model(config), config)
     assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["betas"] == (0.9, 0.999)
     assert train.parse(["--batch-size", "50000"]).batch_size == 50_000
 
@@ -209,19 +211,19 @@ def test_history_says_what_happened(tmp_path, monkeypatch):
     assert epochs == [0]                                              # and stops there
     assert [p.name for p in folder.iterdir()] == ["config.json"]      # --overwrite removed the old run
     monkeypatch.undo()
-    original = train_points.evaluate
-    monkeypatch.setattr(train_points, "evaluate", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
+    original = kind_points.test
+    monkeypatch.setattr(kind_points, "test", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
     with pytest.raises(SystemExit, match="not finite from step 10 on"):
         fit(tmp_path)
-    monkeypatch.setattr(train_points, "evaluate", original)
+    monkeypatch.setattr(kind_points, "test", original)
 
 
 def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     fit(tmp_path / "a", "--epochs", "2")
     folder = tmp_path / "a" / "clusters-eps-mse-s0"
     state = run.load(folder)
-    assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "stabiliser", "epochs", "batch_size",
-                                      "lr", "width"}
+    assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
+                                      "batch_size", "lr", "width"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt

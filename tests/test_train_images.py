@@ -1,4 +1,4 @@
-"""Training on pictures: the loop typed a second time, resume, processes, tests of a run, mistakes."""
+"""Training on images: the loop typed a second time, resume, processes, tests of a run, mistakes."""
 import json
 import os
 import shutil
@@ -14,9 +14,11 @@ from torch.testing import assert_close
 
 import ddpm
 import images
+import kind_images
 import losses
 import metrics
 import reproduce
+import reproduce_thesis
 import run
 import sample
 import samplers
@@ -30,14 +32,14 @@ SMALL = ["--channels", "8", "--channel-mult", "1", "2", "--layers", "1", "--atte
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """44 colour pictures of 8 x 8, in two classes: 40 to train on after the tenth for the test."""
+    """44 colour images of 8 x 8, in two classes: 40 to train on after the tenth for the test."""
     root, g = tmp_path_factory.mktemp("data") / "squares", np.random.default_rng(0)
     for i in range(44):
         path = root / f"class{i // 22}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = np.full((8, 8, 3), 40 * (i // 22), np.uint8)
-        picture[2:6, :4] = g.integers(100, 255, 3)
-        Image.fromarray(picture).save(path)
+        image = np.full((8, 8, 3), 40 * (i // 22), np.uint8)
+        image[2:6, :4] = g.integers(100, 255, 3)
+        Image.fromarray(image).save(path)
     return root
 
 
@@ -67,10 +69,10 @@ def test_the_loop_is_the_loop_typed_again(trained, folder):
     config = state["config"]
     torch.manual_seed(0)
     model = unet.UNet(3, 8, channels=8, channel_mult=[1, 2], layers=1, attention=[4])
-    optimizer, pictures = torch.optim.AdamW(model.parameters()), images.load(str(folder), "train")
+    optimizer, data = torch.optim.AdamW(model.parameters()), images.load(str(folder), "train")
     average, train_losses = [p.detach().clone() for p in model.parameters()], []
     for step in range(10):
-        x, t, eps = train_images.batch(pictures, step, config)
+        x, t, eps, importance = train_images.batch(data, step, config)
         alpha, sigma = torch.cos(torch.pi / 2 * t)[:, None, None, None], torch.sin(torch.pi / 2 * t)[:, None, None, None]
         loss = ((model(alpha * x + sigma * eps, t) - (alpha * eps - sigma * x))**2).mean()
         optimizer.zero_grad()
@@ -93,11 +95,11 @@ def test_the_loop_is_the_loop_typed_again(trained, folder):
     assert_close(torch.tensor([[entry["train_loss"], entry["gradient_norm"]] for entry in entries]), means, **close)
     assert {path.name for path in trained.iterdir()} == {"ckpt.pt", "config.json", "metrics.jsonl", "samples-5.png",
                                                          "samples-10.png"}
-    averaged = train_images.build_model(config)            # what is tested and drawn are the averages
+    averaged = kind_images.build_model(config)            # what is tested and drawn are the averages
     averaged.load_state_dict(state["ema"])
-    tests = train_images.evaluate(averaged, images.load(str(folder), "test"), config, torch.device("cpu"))
+    tests = kind_images.test(averaged, images.load(str(folder), "test"), config, torch.device("cpu"))
     assert tests == pytest.approx({key: entries[-1][key] for key in tests}, rel=1e-5)
-    samples = train_images.draw(averaged, (64, 3, 8, 8), 100, config, run.generator("cpu", 0, "grid"))
+    samples = kind_images.draw(averaged, (64, 3, 8, 8), 100, config, run.generator("cpu", 0, "grid"))
     assert (np.array(Image.open(trained / "samples-10.png")) == images.grid(samples, 8).permute(1, 2, 0).numpy()).all()
 
 
@@ -107,29 +109,29 @@ def test_ema_decay_at_both_ends():
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    pictures = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(20, 3, 4, 4).contiguous()
-    pictures[:, :, :, 0] = 255
-    config = dict(batch_size=6, seed=3, flip=True, t_min=0.05)
-    batches = [train_images.batch(pictures, step, config) for step in range(6)]
-    again = train_images.batch(pictures, 4, config)
+    data = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(20, 3, 4, 4).contiguous()
+    data[:, :, :, 0] = 255
+    config = dict(batch_size=6, seed=3, flip=True, t_min=0.05, schedule="cosine", t_density="uniform")
+    batches = [train_images.batch(data, step, config) for step in range(6)]
+    again = train_images.batch(data, 4, config)
     assert all(torch.equal(a, b) for a, b in zip(batches[4], again))
-    assert not torch.equal(train_images.batch(pictures, 4, config | dict(seed=4))[2], again[2])
+    assert not torch.equal(train_images.batch(data, 4, config | dict(seed=4))[2], again[2])
     orders = []
-    for epoch in 0, 1:                                     # three batches of 6 out of 20, each picture at most once
+    for epoch in 0, 1:                                     # three batches of 6 out of 20, each image at most once
         orders.append(torch.cat([images.to_uint8(batches[3 * epoch + i][0])[:, 0, 0, 1:3].amin(1) for i in range(3)]).tolist())
         assert len(set(orders[-1])) == 18
     assert orders[0] != orders[1]
-    x = torch.cat([x for x, _, _ in batches])
+    x = torch.cat([x for x, *_ in batches])
     mirrored = (x[:, 0, 0, 3] == 1).float().mean()
     assert 0.2 < mirrored < 0.8 and ((x[:, 0, 0, 0] == 1) | (x[:, 0, 0, 3] == 1)).all()
-    straight = train_images.batch(pictures, 0, config | dict(flip=False))[0]
+    straight = train_images.batch(data, 0, config | dict(flip=False))[0]
     assert (straight[:, :, :, 0] == 1).all() and (straight[:, :, :, 3] < 1).all()
-    t, eps = torch.cat([t for _, t, _ in batches]), torch.cat([eps for _, _, eps in batches])
+    t, eps = torch.cat([t for _, t, *_ in batches]), torch.cat([eps for _, _, eps, _ in batches])
     assert t.min() >= 0.05 and t.max() <= 0.95 and eps.shape == x.shape and abs(eps.std() - 1) < 0.1
     assert not torch.equal(batches[0][2], batches[1][2])
 
 
-def test_no_flips_of_grey_pictures(tmp_path):
+def test_no_flips_of_grey_images(tmp_path):
     for i in range(20):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"{i}.png")
     train.main(command(tmp_path, tmp_path / "runs", "--epochs", "1", "--batch-size", "4"))
@@ -141,18 +143,18 @@ def test_no_flips_of_grey_pictures(tmp_path):
 def test_evaluation_is_the_sum_typed_again(target, loss):
     torch.manual_seed(1)
     config = dict(data="cifar10", target=target, loss=loss, seed=0, schedule="cosine", t_min=1e-3, stabiliser=0.0)
-    pictures = torch.randint(0, 256, (600, 3, 4, 4), dtype=torch.uint8)
+    data = torch.randint(0, 256, (600, 3, 4, 4), dtype=torch.uint8)
     seen = []
 
     def model(z, t):
         seen.append((z, t))
         return 0.5 * z + t[:, None, None, None]
-    result = train_images.evaluate(model, pictures, config, torch.device("cpu"))
+    result = kind_images.test(model, data, config, torch.device("cpu"))
     z, t = (torch.cat(column) for column in zip(*seen))
     assert [len(c) for c, _ in seen] == [250, 250, 100] and 0.001 <= t.min() < 0.003 and 0.997 < t.max() <= 0.999
     g = run.generator("cpu", "test noise")
     order, u = torch.randperm(600, generator=g), torch.rand(1, generator=g)
-    x = pictures[order].float() / 127.5 - 1
+    x = data[order].float() / 127.5 - 1
     assert_close(t, 0.001 + 0.998 * ((u + torch.arange(600) / 600) % 1))
     alpha, sigma = torch.cos(torch.pi / 2 * t)[:, None, None, None], torch.sin(torch.pi / 2 * t)[:, None, None, None]
     eps = (z - alpha * x) / sigma
@@ -187,7 +189,7 @@ def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeyp
     settings = json.loads((only(tmp_path) / "samples/settings.json").read_text())
     assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, sampler="ddim", eta=0.5, grid="karras",
                                                 t_min=0.1, clip=True, sampling_seed=7, batch_size=2, precision="fp32")
-    with train_images.autocast(dict(precision="bf16"), torch.device("cpu")):
+    with kind_images.autocast(dict(precision="bf16"), torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu")
 
 
@@ -204,7 +206,7 @@ def killed(monkeypatch, argv, step):
             if done == step:
                 raise KeyboardInterrupt
         return on_step
-    monkeypatch.setattr(train, "progress", progress)
+    monkeypatch.setattr(train_images, "progress", progress)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
     monkeypatch.undo()
@@ -250,7 +252,7 @@ def test_no_minutes_are_one_step(folder, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
     argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "3")
     original = train_images.batch
-    nan = lambda pictures, step, config: [c * float("nan") if step == 4 else c for c in original(pictures, step, config)]
+    nan = lambda data, step, config: [c * float("nan") if step == 4 else c for c in original(data, step, config)]
     monkeypatch.setattr(train_images, "batch", nan)
     with pytest.raises(SystemExit, match="not finite at step 4 "):
         train.main(argv)
@@ -303,7 +305,7 @@ def test_two_processes_have_the_loss_curve_of_one(trained, folder, tmp_path):
 
 @pytest.mark.parametrize("argv, message, code", [
     (["--data", "nothing"], "unknown data 'nothing': choose from clusters", 2),
-    (["--data", "FOLDER", "rings"], "points and pictures cannot be trained in one call", 2),
+    (["--data", "FOLDER", "rings"], "points and images cannot be trained in one call", 2),
     (["--data", "FOLDER", "--preset", "big"], "invalid choice", 2),
     (["--data", "FOLDER", "--channels", "0"], "must be at least 4", 2),
     (["--data", "rings", "--batch-size", "60000"], "must be in [1, 50000]", 2),
@@ -320,7 +322,7 @@ def test_mistakes_are_one_sentence(folder, tmp_path, capsys, argv, message, code
 def test_out_of_memory_is_one_sentence(folder, tmp_path, monkeypatch, part):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(train_images, part, full)
+    monkeypatch.setattr(kind_images if part == "build_model" else train_images, part, full)
     with pytest.raises(SystemExit, match="not enough memory - try a smaller --batch-size, --channels or --image-size"):
         train.main(command(folder, tmp_path))
 
@@ -357,13 +359,13 @@ def test_samples_are_those_of_the_averaged_weights(trained, drawn):
     """The sampler typed again: x_hat from v, kept in [-1, 1], and the posterior of Eq. (3.9)."""
     argv, out = drawn
     state = run.load(trained)
-    model = train_images.build_model(state["config"])
+    model = kind_images.build_model(state["config"])
     model.load_state_dict(state["ema"])
-    g = run.generator("cpu", 0, "sample", 4)               # the second batch: pictures 4 to 7
+    g = run.generator("cpu", 0, "sample", 4)               # the second batch: images 4 to 7
     z = torch.randn(4, 3, 8, 8, generator=g)
     times = torch.tensor([0.001 + 0.998 * i / 3 for i in range(4)])
     for i in 3, 2, 1:
-        s, t = times[i - 1], times[i]
+        t = times[i]
         (a_s, a_t), (s_s, s_t) = torch.cos(torch.pi / 2 * times[[i - 1, i]]), torch.sin(torch.pi / 2 * times[[i - 1, i]])
         with torch.no_grad():
             x_hat = (a_t * z - s_t * model(z, t.expand(4))).clamp(-1, 1)
@@ -386,20 +388,20 @@ def test_sampling_goes_on_with_what_is_missing(drawn, monkeypatch):
     argv, out = drawn
     before = {path.name: path.read_bytes() for path in out.glob("samples/*.png")}
     (out / "samples/00005.png").unlink()
-    batches, original = [], train_images.draw
-    monkeypatch.setattr(train_images, "draw", lambda *args, **kw: batches.append(args) or original(*args, **kw))
+    batches, original = [], kind_images.draw
+    monkeypatch.setattr(kind_images, "draw", lambda *args, **kw: batches.append(args) or original(*args, **kw))
     sample.main(argv)
     assert len(batches) == 1 and {path.name: path.read_bytes() for path in out.glob("samples/*.png")} == before
-    sample.main([*argv, "--num-samples", "13"])            # one more: the picture 8 ... 11 and 12 ... 15
+    sample.main([*argv, "--num-samples", "13"])            # one more: the image 8 ... 11 and 12 ... 15
     assert len(batches) == 3 and len(list(out.glob("samples/*.png"))) == 13
     sample.main([*argv, "--num-samples", "5"])             # fewer: the rest would count in a FID
     assert len(batches) == 3 and len(list(out.glob("samples/*.png"))) == 5
 
 
-def test_pictures_of_other_settings_are_kept(drawn):
+def test_images_of_other_settings_are_kept(drawn):
     argv, out = drawn
     before = (out / "samples/00000.png").read_bytes()
-    with pytest.raises(SystemExit, match="10 pictures of other settings"):
+    with pytest.raises(SystemExit, match="10 images of other settings"):
         sample.main([*argv, "--steps", "2"])
     assert (out / "samples/00000.png").read_bytes() == before
     sample.main([*argv, "--steps", "2", "--overwrite", "--num-samples", "2", "--no-clip"])
@@ -417,16 +419,16 @@ def test_clipping_is_optional(trained, tmp_path, monkeypatch):
 
 
 def test_fid_of_a_run(trained, folder, drawn, monkeypatch, capsys):
-    """--fid compares the pictures that were written with the data of the run, and keeps the data's statistics."""
+    """--fid compares the images that were written with the data of the run, and keeps the data's statistics."""
     argv, out = drawn
-    monkeypatch.setattr(metrics, "enough_pictures", lambda *args: None)
+    monkeypatch.setattr(metrics, "enough_images", lambda *args: None)
     monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
     sample.main([*argv, "--fid", "--data-dir", str(out / "cache")])
     of = lambda x: metrics.moments(10 * (x.float() / 255).mean((2, 3)))
     expected = metrics.frechet_distance(*of(images.read_folder(out / "samples")), *of(images.load(str(folder), "train"))).item()
     result = json.loads((out / "metrics.json").read_text())
     assert result["fid"] == pytest.approx(expected, rel=1e-6) and result["fid_reference"] == 40
-    assert "10 samples (EMA, sampler ancestral, grid t, 3 steps, clipped) against 40 pictures of" in capsys.readouterr().out
+    assert "10 samples (EMA, sampler ancestral, grid t, 3 steps, clipped) against 40 images of" in capsys.readouterr().out
     cached, = (out / "cache").glob("*.npz")
     assert "train" in cached.name and "3x8x8" in cached.name
 
@@ -435,26 +437,26 @@ def test_mistakes_in_sampling_are_one_sentence(trained, tmp_path):
     with pytest.raises(SystemExit, match="2,000 are too few"):
         sample.main(["--ckpt", str(trained), "--fid", "--num-samples", "2000", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match="cannot be drawn in one call"):
+    with pytest.raises(SystemExit, match="cannot be mixed in one call"):
         points = tmp_path / "rings-eps-mse-s0"
         train.main(["--epochs", "1", "--batch-size", "25000", "--out", str(tmp_path), "--device", "cpu"])
         sample.main(["--ckpt", str(trained), str(points)])
-    with pytest.raises(SystemExit, match="FID is for pictures"):
+    with pytest.raises(SystemExit, match="FID is for images"):
         sample.main(["--ckpt", str(points), "--fid"])
 
 
 @pytest.mark.parametrize("at_hand", [False, True])
 def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
     """Six runs of equally many steps; what the table says is what the runs say."""
-    monkeypatch.setattr(reproduce, "PICTURE_STEPS", 2)
+    monkeypatch.setattr(reproduce_thesis, "IMAGE_STEPS", 2)
     monkeypatch.setattr(metrics, "downloaded_weights", lambda: folder if at_hand else folder / "missing")
-    monkeypatch.setattr(metrics, "enough_pictures", lambda *args: None)
+    monkeypatch.setattr(metrics, "enough_images", lambda *args: None)
     monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
     calls, original = [], train.main
     monkeypatch.setattr(train, "main", lambda argv: calls.append(argv) or original(argv))
     reproduce.main(["table4.2", "--data", str(folder), "--budget", "0.03", "--runs", str(tmp_path), "--num-samples", "2000",
                     "--data-dir", str(tmp_path / "data"), "--device", "cpu", *SMALL[:-2]])
-    text = (tmp_path / "results/table4.2.md").read_text()
+    text = (tmp_path / "results/thesis/table4.2.md").read_text()
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines()
              if row.startswith("|")}
     root, steps = tmp_path / "table4.2-squares-0.03-minutes", set()
@@ -469,7 +471,7 @@ def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
         assert cells[target] == [thesis[0], mse, thesis[1], stable, exact, exact_too, thesis[2], fids[0], thesis[3], fids[1]]
     (argv,), minutes = calls, calls[0].index("--minutes") + 1
     assert float(argv[minutes]) == pytest.approx(0.03 / 6)
-    assert len(steps) == 1 and f"{steps.pop():,} steps of 8 pictures" in text
+    assert len(steps) == 1 and f"{steps.pop():,} steps of 8 images" in text
     assert ("No FID" in text) == (not at_hand) and "`python reproduce.py table4.2 --data" in text and "--channels 8" in text
 
 
@@ -477,3 +479,11 @@ def test_only_table4_2_takes_further_options(capsys):
     with pytest.raises(SystemExit, match="2"):
         reproduce.main(["fig3.2", "--channels", "8"])
     assert "unrecognized arguments: --channels 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--loss", "mse"], ["--minutes", "5"], ["--seed=3"], ["--overwrite"], ["--min", "3"]])
+def test_table4_2_refuses_what_it_sets_itself(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["table4.2", *option])
+    assert f"{option[0]} is set by table4.2 itself - leave it out" in capsys.readouterr().err
+    reproduce.parse(["table4.2", "--lr", "0.1", "--schedule", "ve", "--layers", "1"])

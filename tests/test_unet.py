@@ -223,7 +223,7 @@ def test_where_it_attends(size, attention, levels):
     assert [attends(block) for block in model.up] == [{level} for level in reversed(levels)]
 
 
-def test_every_picture_is_alone_and_time_matters():
+def test_every_image_is_alone_and_time_matters():
     model = randomised(unet.UNet(1, 8, channels=8, channel_mult=[1, 2], layers=1, attention=[8]))
     z, t = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64)
     alone = torch.cat([model(z[i:i + 1], t[i:i + 1]) for i in range(3)])

@@ -1,0 +1,183 @@
+"""Images as a kind of data: what a run on them loads, builds, is tested with, draws and measures (thesis 4.1.2, 4.2.1, 4.3.2).
+
+`kind_points.py` has the same verbs for points, and says what they are. Read `images.py`, `unet.py` and `metrics.py` first.
+
+Not here: the loop (`train_images.py`).
+"""
+import contextlib
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+import ddpm
+import images
+import losses
+import metrics
+import run
+import samplers
+import unet
+
+TESTED = 250          # test images at once
+LIKELIHOOD = dict(num=500, batch_size=50, draws=16, num_ode=16, probes=1)     # defaults of likelihood.py
+
+
+def load(config, split="test", data_dir="data"):
+    """The images of a run -> uint8 (N, C, H, W), on the CPU. Mistakes end in SystemExit."""
+    return images.load(config["data"], split, data_dir, config["image_size"], config["skip_corrupt"])
+
+
+def build_model(config, members=1):
+    """The network of a run's config, with fresh weights from torch's global generator."""
+    if members > 1:
+        raise SystemExit("runs on images cannot be one stack - open them one by one")
+    (channels, *size), network = config["shape"], {key: config[key] for key in unet.PRESETS["ddpm"]}
+    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], **network)
+
+
+def weights(checkpoint):
+    """The averaged weights (EMA): those that are tested and drawn with."""
+    return checkpoint["ema"]
+
+
+def autocast(config, device):
+    """Where the config asks for it, matrix products and convolutions in bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+
+
+def test_losses(config):
+    """Names of the losses that every run is tested with, whatever it trains on: all that have a weight for its target."""
+    names = []
+    for name in losses.LOSSES:
+        with contextlib.suppress(ValueError):
+            losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.SCHEDULES[config["schedule"]])
+            names.append(name)
+    return names
+
+
+@torch.no_grad()
+def test(model, data, config, device):
+    """Test losses of a network, without autocast: {"test_loss": ..., "test_mse": ..., ...}, means over the images.
+
+    data: uint8, on the CPU. Their t and noise are the same in every run. Each process does its share.
+    """
+    (rank, world), g, n = run.processes(), run.generator("cpu", "test noise"), len(data)
+    objective, names = losses.objective(config), test_losses(config)
+    weight = lambda name, t: losses.weight(name, config["target"], t, objective["schedule"], config["stabiliser"])
+    shuffled = torch.randperm(n, generator=g)        # t rises with the row: without this with the class of sorted images
+    times, total = losses.sample_t((n,), config["t_min"], g), torch.zeros(len(names) + 1, device=device)
+    for i, (rows, t) in enumerate(zip(shuffled.split(TESTED), times.split(TESTED))):
+        x = images.to_float(data[rows])
+        eps = torch.randn(x.shape, generator=g)
+        if i % world == rank:
+            x, t, eps = x.to(device), t.to(device), eps.to(device)
+            z, y, own = losses.regression(x, t, eps, **objective)
+            errors = losses.weighted_error(model(z, t), y, torch.ones_like(t))
+            total += (torch.stack([own, *(weight(name, t) for name in names)]) * errors).sum(1)
+    if world > 1:
+        distributed.all_reduce(total)
+    return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
+
+
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
+    """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid and eta of `samplers`."""
+    objective = losses.objective(config)
+    with autocast(config, generator.device):
+        x = samplers.sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"], t_min=t_min,
+                            generator=generator, stabiliser=objective["stabiliser"], clip=1.0 if clip else math.inf, **how)
+    return images.to_uint8(x)
+
+
+def draw_folder(folder, one, n, args, device):
+    """Write n images as folder/00000.png ... -> settings, seconds. Each batch has its own noise: what is there is not drawn again."""
+    config = one.config
+    settings = dict(run=one.name, step=one.checkpoint["step"], test_loss=one.history[-1]["test_loss"] if one.history else None,
+                    steps=args.steps, **args.how, t_min=run.smallest_t(config, args.t_min), clip=args.clip, sampling_seed=args.seed,
+                    batch_size=args.batch_size, precision=config["precision"])
+    named, present = folder / "settings.json", sorted(folder.glob("*.png"))
+    if present and (not named.exists() or json.loads(named.read_text()) != settings):
+        if not args.overwrite:
+            raise SystemExit(f"{folder} holds {len(present)} images of other settings, see settings.json there - keep them by "
+                             "giving these another --out, or delete them with --overwrite")
+        for path in present:
+            path.unlink()
+        present = []
+    run.write(named, json.dumps(settings, indent=2).encode())
+
+    model = one.model(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+        model = torch.compile(model) if n >= 2048 else model          # compiling takes a minute
+    have, size = {path.name for path in present}, args.batch_size
+    names = [f"{i:05d}.png" for i in range(n)]
+    missing = [i for i in range(0, n, size) if not have.issuperset(names[i:i + size])]
+    start = time.perf_counter()
+    for count, i in enumerate(missing, 1):
+        generator = run.generator(device, args.seed, "sample", i)
+        x = draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip, **args.how).cpu()
+        for name, image in zip(names[i:i + size], x):                 # the last batch is drawn whole, too: one shape for all
+            images.save_png(image, folder / name)
+        rate = count * size / (time.perf_counter() - start)
+        print(f"{min(i + size, n):,} of {n:,} images, {rate:.2f} images/s, {(len(missing) - count) * size / rate:.0f} s left",
+              flush=True)
+    for name in {path.name for path in present} - set(names):         # of an earlier call that drew more
+        (folder / name).unlink()
+    return settings, time.perf_counter() - start
+
+
+def reference(config, network, args):
+    """Inception's statistics of the data that a run was trained on, computed once."""
+    data, size = config["data"], "x".join(map(str, config["shape"]))
+    weights = Path(args.inception_weights).stem if args.inception_weights else "pytorch-fid"
+    name = data                                                       # two folders may have one name
+    if data not in images.IMAGES:
+        key = f"{Path(data).resolve()} {config['skip_corrupt']}"
+        name = f"{Path(data).resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    path = Path(args.data_dir) / f"inception-{name}-{args.fid_split}-{size}-{weights}.npz"
+    return metrics.reference_statistics(path, lambda: load(config, args.fid_split, args.data_dir), network)
+
+
+def measure(folder, network, statistics):
+    """FID of the images in a folder to the statistics of the data."""
+    return metrics.fid(metrics.statistics(images.read_folder(folder), network), statistics)
+
+
+def sample(chosen, args, device):
+    """Draw images of chosen runs, [(Run, folder for the results)], one after the other, and measure their FID if asked to."""
+    n = args.num_samples or 64
+    args.batch_size = args.batch_size or (64 if device.type == "cpu" else 250)
+    if args.fid:
+        metrics.enough_images(n)                                      # before any is drawn
+        network = metrics.inception(args.inception_weights, device)
+    for one, out in chosen:
+        if args.fid:
+            statistics = reference(one.config, network, args)
+        with run.enough_memory("a smaller --batch-size"):
+            settings, seconds = draw_folder(out / "samples", one, n, args, device)
+        paths = sorted((out / "samples").glob("*.png"))[:64]
+        images.save_png(images.grid(images.read(paths, paths, None, False), 8), out / "samples.png")
+        result = {**one.config, **settings, "weights": "EMA", "num_samples": n, "device": str(device)}
+        print(f"{one.folder}: {n:,} images in {args.steps} steps, {args.in_words}, {seconds:.1f} s on {device}")
+        if args.fid:
+            fid = measure(out / "samples", network, statistics)
+            result |= dict(fid=fid, fid_split=args.fid_split, fid_reference=statistics[2])
+            print(f"FID {fid:.3f}: {n:,} samples (EMA, {args.in_words}, {args.steps} steps{', clipped' if args.clip else ''}) "
+                  f"against {statistics[2]:,} images of {one.config['data']}, {args.fid_split} split")
+        run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
+        print(f"wrote samples/, samples.png and metrics.json to {out}/")
+
+
+def test_examples(config, num, device, data_dir="data"):
+    """What likelihood.py tests a run on: num test images in random order, as float levels in [-1, 1]."""
+    x = load(config, "test", data_dir)
+    order = torch.randperm(len(x), generator=run.generator("cpu", "likelihood"))       # of those in classes not the first alone
+    return images.to_float(x[order[:num]]).to(device)
+
+
+def surprise(config):
+    """Of images -log p(x) under the data's own density is not known."""
+    return None

@@ -1,0 +1,196 @@
+"""Points as a kind of data: what a run on them loads, builds, is tested with, draws and measures (thesis 4.1.1, 4.3.1).
+
+`kind_images.py` has the same verbs for images; scripts choose one of the two files once and call
+
+    load         the data of a run's config                  draw         samples of a trained run
+    build_model  the network of a config                     measure      how far samples are from the data
+    weights      of a checkpoint, for that network           sample       all that sample.py does for these runs
+
+Read `datasets2d.py`, `mlp.py` and `metrics.py` first. Not here: the loop (`train_points.py`).
+"""
+import functools
+import io
+import json
+import time
+
+import numpy as np
+import torch
+
+import losses
+import metrics
+import run
+import samplers
+import stack
+import targets
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+from mlp import MLP
+
+POINTS = 50_000                   # to train on, and as many fresh ones to test on (thesis 4.1.1)
+TESTS = "rescaled", "nelbo"       # also measured at every epoch: the same two for every run, whatever it is trained on
+TESTED_T_MIN = 1e-3               # their range of t, unless training has a smaller one
+LIKELIHOOD = dict(num=10_000, batch_size=5000, draws=100, num_ode=None, probes=None)     # defaults of likelihood.py; None is all, exact
+
+
+def load(config, split="test"):
+    """The points of a run -> (POINTS, 2), on the CPU; the test split is the same for every seed, target and loss."""
+    key = (config["seed"], "train") if split == "train" else ("test", config["data"])
+    return DATASETS[config["data"]].sample(POINTS, run.generator("cpu", *key))
+
+
+def build_model(config, members=1):
+    """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
+    return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]], members=members)
+
+
+def weights(checkpoint):
+    """The trained weights."""
+    return checkpoint["model"]
+
+
+def test_batch(config):
+    """The test points of a run, their t and noise fixed: z (n, 2), t (n,), y (n, 2), weights (n, 3), n = POINTS.
+
+    t is uniform, whatever density training has. The means of weights times squared error are the run's own test loss, on its own
+    range of t, and then the exact losses TESTS on t_min = 1e-3: points outside of that range have weight 0 there, and those
+    inside a little more.
+    """
+    x, g = load(config), run.generator("cpu", "test noise")
+    t, eps = losses.sample_t((POINTS,), config["t_min"], g), torch.randn(x.shape, generator=g)
+    z, y, w = losses.regression(x, t, eps, **losses.objective(config))
+    t_min = max(config["t_min"], TESTED_T_MIN)
+    inside = ((t >= t_min) & (t <= 1 - t_min)).float()
+    tests = [inside / inside.mean() * losses.weight(name, config["target"], t, SCHEDULES[config["schedule"]], config["stabiliser"])
+             for name in TESTS]
+    return z, t, y, torch.stack([w, *tests], 1)
+
+
+@functools.cache
+def optimal_predictions(data, schedule, t_min):
+    """x_hat and eps_hat of the exact denoiser at the test points of a run, (POINTS, 2) each: made once for all targets."""
+    z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
+    return [DATASETS[data].optimal_model(target, SCHEDULES[schedule])(z, t) for target in ("x", "eps")]
+
+
+@functools.cache
+def optimal_errors(data, target, schedule, t_min, stabiliser):
+    """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
+    _, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser))
+    alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
+    a, b = targets.coefficients(target, alpha, sigma, stabiliser)
+    x_hat, eps_hat = optimal_predictions(data, schedule, t_min)
+    return losses.weighted_error(a * x_hat + b * eps_hat, y, torch.ones_like(t))
+
+
+def optimum(config, weights):
+    """The three losses of `test_batch` for the exact denoiser, the best there can be -> (3,)."""
+    errors = optimal_errors(*(config[key] for key in ("data", "target", "schedule", "t_min", "stabiliser")))
+    return (weights * errors[:, None]).mean(0)
+
+
+@torch.no_grad()
+def test(model, z, t, y, weights):
+    """Mean of weights times squared error for every network of a stack: weights (M, n, 3) -> (M, 3).
+
+    z, t, y: batches from `stack.interleave` that together have all n points of every member.
+    """
+    errors = torch.stack([losses.weighted_error(model(*c[:2]), c[2], torch.ones_like(c[1])) for c in zip(z, t, y)])
+    errors = errors.unflatten(1, (len(weights), -1)).transpose(0, 1).flatten(1)                 # (M, n)
+    return (weights * errors[..., None]).mean(1)
+
+
+def in_chunks(model, members=1):
+    """A network or stack as one that is given 5,000 rows at a time on a CPU: activations then fit in its cache."""
+    cpu = next(model.parameters()).device.type == "cpu"
+    return stack.in_chunks(model, members, 5000 if cpu else 2**20)
+
+
+def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, **how):
+    """Samples of a Run or Stack -> (M, num_samples, 2), on the CPU; all members get the same noise.
+
+    how: the sampler, grid and eta of `samplers.sample`, where they are not the default.
+    """
+    members = len(runs.members)
+    model = in_chunks(runs.model(device), members)
+    samples = samplers.sample(model, (num_samples, 2), steps, target=[run.config["target"] for run in runs.members],
+                              schedule=runs.schedule, t_min=run.smallest_t(runs.config, t_min),
+                              generator=run.generator(device, seed, "sample"), stabiliser=runs.config["stabiliser"], **how)
+    return samples.unflatten(0, (members, -1)).cpu()
+
+
+@functools.cache
+def floor(data, n):
+    """What the distances and the mean log-density of n perfect samples are: metrics.floor's dict, and nats."""
+    real = load(dict(data=data))
+    return (metrics.floor(DATASETS[data], n, len(real), generator=run.generator("cpu", "floor")),
+            metrics.log_density(DATASETS[data], real).item())
+
+
+def measure(config, samples):
+    """Distances of samples (n, 2) to 50,000 points of the data and their mean log-density, each beside that of the data."""
+    result, real = {}, load(config)
+    distances, log_density = floor(config["data"], len(samples))
+    for distance in metrics.DISTANCES:
+        name, (mean, std) = distance.__name__, distances[distance.__name__]
+        result[name], result[f"{name}_floor"] = distance(samples, real).item(), {"mean": mean, "std": std}
+    return result | {"log_density": metrics.log_density(DATASETS[config["data"]], samples).item(),
+                     "log_density_data": log_density}
+
+
+def describe(one, samples, **facts):
+    """Measure samples of a Run, and write down what they are: what is in metrics.json. SystemExit if they are not finite."""
+    if not samples.isfinite().all():
+        raise SystemExit(f"{one.name} gives samples that are not finite - train it longer, or with another --loss")
+    last = one.history[-1]
+    return {**one.config, "epochs_trained": len(one.history), "test_loss": last["test_loss"],
+            "optimum": last["optimum"], "num_samples": len(samples), **facts, **measure(one.config, samples)}
+
+
+def save(out, one, samples, **facts):
+    """Measure samples of a Run, write samples.npy and metrics.json, and return what is in the latter."""
+    result = describe(one, samples, **facts)
+    buffer = io.BytesIO()
+    np.save(buffer, samples.numpy())
+    run.write(out / "samples.npy", buffer.getbuffer())
+    run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
+    return result
+
+
+def sample(chosen, args, device):
+    """Draw samples of chosen runs, [(Run, folder for the results)], in stacks, measure, print, write and show them."""
+    import plots  # here: a run opens without matplotlib
+    if args.fid:
+        raise SystemExit("FID is for images, and this run is on 2D points, which are measured without it - leave out --fid")
+    n, start, done, places = args.num_samples or 10_000, time.perf_counter(), 0, {id(one): out for one, out in chosen}
+    for group in run.stacks([one for one, _ in chosen], device):
+        before = time.perf_counter()
+        with run.enough_memory("a smaller --num-samples, or fewer runs at once"):
+            samples = draw(group, args.steps, n, args.seed, device, args.t_min, **args.how)
+        seconds = (time.perf_counter() - before) / len(group.members)
+        done += len(group.members)
+        for one, x in zip(group.members, samples):
+            out, config = places[id(one)], one.config
+            result = save(out, one, x, steps=args.steps, **args.how, sampling_seed=args.seed, device=str(device), seconds=seconds)
+            print(f"{one.folder}: {n} samples in {args.steps} steps, {args.in_words}, {seconds:.1f} s on {device}")
+            print("                      samples    floor (data against data)")
+            for key in "mean_distance", "covariance_distance", "sliced_wasserstein":
+                print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
+                                                                         **result[f"{key}_floor"]))
+            print("mean log-density     {log_density:8.4f}   {log_density_data:.4f} nats of the data itself".format(**result))
+            title = "{target}, {loss}, {steps} steps".format(**result)
+            plots.scatter({f"{config['data']}, data": load(config), title: x}, out / "samples.png")
+            print(f"wrote samples.npy, samples.png and metrics.json to {out}/")
+        if done < len(chosen):
+            left = (time.perf_counter() - start) / done * (len(chosen) - done)
+            print(f"{done} of {len(chosen)} runs, {left:.0f} s left", flush=True)
+
+
+def test_examples(config, num, device, data_dir=None):
+    """What likelihood.py tests a run on: num test points, in float64, which nothing overflows (MPS has none)."""
+    x = load(config)[:num].to(device)
+    return x if x.device.type == "mps" else x.double()
+
+
+def surprise(config):
+    """-log p(x) of every test point under the data's own density, in nats: its mean is the entropy."""
+    return -DATASETS[config["data"]].log_prob(load(config).double())

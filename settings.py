@@ -1,0 +1,165 @@
+"""The settings of a training run, each declared once: a row of SETTINGS.
+
+The command line, its help, the config in a checkpoint, the check of a resumed run and what may be trained or sampled as one stack
+follow from the rows. A new setting is a row here and the place that uses it; a checkpoint from before it has its default.
+
+Points and images are the two kinds of data. Data, target, loss and seed, of which `train.py` takes several values, name a run.
+
+    python settings.py    # the rows: defaults for points and for images, and whether they are part of a run's identity
+"""
+import argparse
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import losses
+import unet
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+
+ABSENT = object()          # in place of a default: this kind of data has no such setting
+NAMES = "data", "target", "loss", "seed"
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a finite number of `kind` in [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if not low <= value <= high or value == float("inf"):
+            bound = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+    return parse
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row: --name on the command line. argument: further arguments of argparse's add_argument."""
+    name: str
+    help: str
+    points: object = ABSENT
+    images: object = ABSENT
+    identity: str = "points images"        # the kinds in whose config it is: there another value is another run
+    argument: dict = field(default_factory=dict)
+
+
+SETTINGS = [
+    Setting("schedule", "noise schedule", "cosine", "cosine", argument=dict(choices=SCHEDULES)),
+    Setting("t_min", "t is in [t_min, 1 - t_min]", 1e-3, 1e-3, argument=dict(type=number(float, 1e-6, 0.49))),
+    Setting("t_density", "what is uniform, t or log-SNR; the weights are exact in both", "uniform", "uniform",
+            argument=dict(choices=losses.T_DENSITIES)),
+    Setting("stabiliser", "d in the score target -sigma eps / (sigma^2 + d); the thesis's numbers: 0.01", 0.0, 0.0,
+            argument=dict(type=number(float, 0))),
+    Setting("epochs", "passes over the data", 100, 500, "points", dict(type=number(int, 1))),
+    Setting("batch_size", "of all processes together", 512, 128, argument=dict(type=number(int, 1))),
+    Setting("lr", "points: Adam's, decays to 0 as a cosine; images: AdamW's, constant after the warm-up", 1e-3, 2e-4,
+            argument=dict(type=number(float, 0))),
+    Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1))),
+    Setting("data_dir", "where the named datasets are, or are downloaded to", images="data", identity=""),
+    Setting("image_size", "crop and scale to a square of so many pixels", images=None, argument=dict(type=number(int, 4))),
+    Setting("skip_corrupt", "leave out files of a folder that cannot be read", images=False, argument=dict(action="store_true")),
+    # The network of images: `configs` puts the preset, changed by the next five, into the config.
+    Setting("preset", "UNet, see unet.py; the next five change it", images="ddpm", identity="", argument=dict(choices=unet.PRESETS)),
+    Setting("channels", "of its first block", images=None, identity="", argument=dict(type=number(int, 4))),
+    Setting("channel_mult", "times these, one number for each block", images=None, identity="",
+            argument=dict(type=number(int, 1), nargs="+")),
+    Setting("layers", "in a block", images=None, identity="", argument=dict(type=number(int, 1))),
+    Setting("mid_blocks", "in the middle", images=None, identity="", argument=dict(type=number(int, 1))),
+    Setting("attention", "resolutions that attend, besides the middle", images=None, identity="",
+            argument=dict(type=number(int, 0), nargs="+")),
+    Setting("precision", "of matrix products and convolutions; auto is bf16 on CUDA, and bf16 is good on CPUs that have it",
+            images="auto", identity="", argument=dict(choices=["auto", "bf16", "fp32"])),
+    Setting("ema", "decay of the averaged weights", images=0.9999, argument=dict(type=number(float, 0, 1))),
+    Setting("warmup", "steps until --lr is reached", images=1000, argument=dict(type=number(int, 1))),
+    Setting("clip_norm", "largest norm of the gradient", images=1.0, argument=dict(type=number(float, 0))),
+    Setting("minutes", "stop after so long, further runs of this call after as many steps; --resume goes on",
+            images=float("inf"), identity="", argument=dict(type=number(float, 0))),
+    Setting("test_every", "steps between two tests", images=2000, identity="", argument=dict(type=number(int, 1))),
+    Setting("grid_every", "steps between two grids of samples", images=10_000, identity="", argument=dict(type=number(int, 1))),
+    Setting("compile", "with torch.compile; on CUDA it is the default", images=None, identity="",
+            argument=dict(action=argparse.BooleanOptionalAction)),
+]
+
+
+def default_text(row):
+    """A row's defaults as its help has them."""
+    text = {kind: " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+            for kind, value in (("points", row.points), ("images", row.images)) if value is not ABSENT and value is not None}
+    values = list(text.values())
+    if len(set(values)) > 1:
+        return " (" + ", ".join(f"{kind}: {value}" for kind, value in text.items()) + ")"
+    return f" ({values[0]})" if values and values[0] not in ("False", "inf") else ""
+
+
+def add_arguments(parser):
+    """Add the rows to an argparse parser, those of images alone in a group of their own; `complete` sets the defaults."""
+    groups = {False: parser.add_argument_group("how to train it"), True: parser.add_argument_group("images")}
+    for row in SETTINGS:
+        help = (row.help + default_text(row)).replace("%", "%%")
+        groups[row.points is ABSENT].add_argument(f"--{row.name.replace('_', '-')}", help=help, **row.argument | {"default": None})
+
+
+def complete(args, kind, error):
+    """Give what was not set on the command line its default; error(sentence) for a setting that this kind does not have."""
+    for row in SETTINGS:
+        default, given = getattr(row, kind), getattr(args, row.name) is not None
+        if default is ABSENT and given:
+            error(f"--{row.name.replace('_', '-')} is a setting of {'points' if kind == 'images' else 'images'}, not of {kind}")
+        if not given:
+            setattr(args, row.name, None if default is ABSENT else default)
+
+
+def kind_of_data(data):
+    """points for a 2D dataset, else images."""
+    return "points" if data in DATASETS else "images"
+
+
+def kind(config):
+    """points or images: which kind of data a run's config is of."""
+    return "images" if "shape" in config else "points"
+
+
+def identity(kind):
+    """The rows that are part of a config."""
+    return [row for row in SETTINGS if kind in row.identity and getattr(row, kind) is not ABSENT]
+
+
+def completed(config):
+    """A config with the default of every setting that is newer than its checkpoint."""
+    return {row.name: getattr(row, kind(config)) for row in identity(kind(config))} | config
+
+
+def alike(config):
+    """What runs must have in common to be trained or sampled as one stack: all but data, target, loss and seed."""
+    return {key: value for key, value in completed(config).items() if key not in NAMES}
+
+
+def configs(args, **more):
+    """The config of every run that the arguments ask for; those of one dataset and seed, which share draws, side by side.
+
+    Images need more: their shape and the device's precision.
+    """
+    kind = kind_of_data(args.data[0])
+    more |= {row.name: getattr(args, row.name) for row in identity(kind)}
+    if kind == "images":
+        more |= {key: getattr(args, key, None) or value for key, value in unet.PRESETS[args.preset].items()}
+    return [dict(data=data, target=target, loss=loss, seed=seed, **more)
+            for data, seed, loss, target in itertools.product(
+                dict.fromkeys(args.data), range(args.seed, args.seed + args.seeds), dict.fromkeys(args.loss),
+                dict.fromkeys(args.target))]
+
+
+def name(config):
+    """Of a run's folder; for images from a folder that folder's own name."""
+    return "{}-{target}-{loss}-s{seed}".format(Path(config["data"]).resolve().name, **config)
+
+
+if __name__ == "__main__":
+    show = lambda value: "" if value is ABSENT else str(value)
+    print(f"{'setting':14s}{'points':>10s}{'images':>10s}   in the config of")
+    for row in SETTINGS:
+        kinds = ", ".join(kind for kind in ("points", "images") if row in identity(kind))
+        print(f"{row.name:14s}{show(row.points):>10s}{show(row.images):>10s}   {kinds}")

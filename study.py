@@ -1,0 +1,246 @@
+"""Many runs and what is measured of them: trained, sampled and tested once, kept in files, never made twice.
+
+`reproduce.py` makes one Study of a call and hands it to every table and figure. Runs are kept under --runs, in a folder for each
+recipe; samples and likelihoods beside their run. What a table or figure used of a run is one line of runs.jsonl in the folder
+of its results: with --recorded they are made from those lines alone, without a network.
+
+Not here: the tables and figures (`reproduce_thesis.py`, `reproduce_beyond.py`).
+"""
+import functools
+import json
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import ddpm
+import kind_points
+import likelihood
+import losses
+import metrics
+import run
+import settings
+import targets
+import train
+from datasets2d import DATASETS
+
+TARGETS = ["x", "eps", "v", "s"]
+STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]      # of samplers
+# How networks are trained, and with which losses: the thesis's range of t and stabiliser (ERRATA.md entry 8), or exact weights.
+RECIPES = {
+    "stabilised": (["--t-min", "1e-6", "--stabiliser", "0.01"], ["mse", "nelbo_stable"]),
+    "exact":      ([], ["nelbo"]),
+    "plain":      ([], ["mse"]),
+    "logsnr":     (["--t-density", "logsnr"], ["nelbo"]),
+}
+DRAWS, ODE_STEPS = 100, 64     # of the bound and of the flow
+KEPT = "mean_distance", "covariance_distance", "sliced_wasserstein", "log_density"      # of samples, in runs.jsonl
+
+
+def round_off(value):
+    """Numbers to six significant digits: what runs.jsonl keeps."""
+    if isinstance(value, dict):
+        return {key: round_off(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [round_off(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+class Study:
+    """Runs of all datasets and targets with --seeds seeds, and their numbers. args: of reproduce.py."""
+
+    def __init__(self, args, records=()):
+        self.args, self.device = args, run.device(args.device)
+        self.records = {record["run"]: record for record in records}     # what was found before
+        self.used = {}                                                     # what this result uses
+
+    def note(self, recipe, key, **numbers):
+        """Keep numbers of a run for runs.jsonl."""
+        if self.args.recorded:
+            return
+        name = "{}/{}-{}-{}-s{}".format(recipe, *key)
+        entry = self.used.setdefault(name, {"run": name})
+        for part, value in numbers.items():
+            value = round_off(value)
+            entry[part] = entry.get(part, {}) | value if isinstance(value, dict) else value
+
+    def recorded(self, recipe, key, part):
+        """Numbers of a run from runs.jsonl; SystemExit if it has none."""
+        name = "{}/{}-{}-{}-s{}".format(recipe, *key)
+        if part not in self.records.get(name, {}):
+            raise SystemExit(f"no {part} of {name} in runs.jsonl - leave out --recorded to train what is missing")
+        return self.records[name][part]
+
+    def trained(self, recipe, chosen=None, data=tuple(DATASETS)):
+        """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}."""
+        options, names = RECIPES[recipe]
+        root, args = Path(self.args.runs) / f"{recipe}-{self.args.epochs}-epochs", self.args
+        argv = ["--data", *data, "--target", *TARGETS, "--loss", *(chosen or names), *options, "--seeds", str(args.seeds),
+                "--epochs", str(args.epochs), "--out", str(root), "--device", args.device, "--resume"]
+        configs = settings.configs(train.parse(argv))
+        keys = [tuple(config[name] for name in settings.NAMES) for config in configs]
+        if args.recorded:
+            return {key: self.from_record(recipe, key, config) for key, config in zip(keys, configs)}
+        folders = [root / settings.name(config) for config in configs]
+        if not all((folder / "ckpt.pt").exists() and len(run.load(folder)["history"]) == args.epochs for folder in folders):
+            train.main(argv)
+        runs = {key: run.open(folder) for key, folder in zip(keys, folders)}
+        for key, one in runs.items():
+            one.recipe, last = recipe, one.history[-1]
+            self.note(recipe, key, config=one.config, seconds=last["seconds"], torch=one.checkpoint.get("torch", str(torch.__version__)),
+                      machine=run.device_name(self.device), curves={"test_loss": [h["test_loss"] for h in one.history]},
+                      optimum={name: last[name] for name in last if name.startswith("optimum")})
+        return runs
+
+    def from_record(self, recipe, key, config):
+        """What tables and curves need of a run, from its line."""
+        curves, optimum = self.recorded(recipe, key, "curves"), self.recorded(recipe, key, "optimum")
+        history = [dict(zip(curves, values)) | optimum for values in zip(*curves.values())]
+        for epoch, values in self.records["{}/{}-{}-{}-s{}".format(recipe, *key)].get("over_t", {}).items():
+            history[int(epoch) - 1]["train_loss_over_t"] = values
+        history[-1]["seconds"] = self.recorded(recipe, key, "seconds")
+        return SimpleNamespace(config=config, history=history, recipe=recipe, folder=None)
+
+    def curve(self, runs, key, name):
+        """What the history of a run calls `name`, over epochs."""
+        values = [entry[name] for entry in runs[key].history]
+        self.note(runs[key].recipe, key, curves={name: values})
+        return values
+
+    def over_t(self, runs, key, epoch):
+        """The train loss over t at an epoch of a run -> 20 numbers."""
+        values = runs[key].history[epoch - 1]["train_loss_over_t"]
+        self.note(runs[key].recipe, key, over_t={str(epoch): values})
+        return values
+
+    def sampled(self, runs, steps, sampler="ancestral", grid="t"):
+        """Draw what is missing of the samples of runs -> {key: metrics.json}, in <run>/steps-<steps>/.
+
+        The points are kept there too for the thesis's sampler. Other samplers and grids are in the folder's name.
+        """
+        args, thesis, how = self.args, (sampler, grid) == ("ancestral", "t"), f"{sampler} {grid} {steps}"
+        if args.recorded:
+            return {key: self.with_floor(key[0], self.recorded(one.recipe, key, "samples"), how) for key, one in runs.items()}
+        folder = lambda key: runs[key].folder / "-".join([f"steps-{steps}"] + [str(args.num_samples)] * (args.num_samples != 10_000)
+                                                         + [sampler, grid] * (not thesis))
+
+        def current(key):
+            made = folder(key) / "metrics.json"
+            return (made.exists() and made.stat().st_mtime >= (runs[key].folder / "ckpt.pt").stat().st_mtime
+                    and metrics.DISTANCES[-1].__name__ in made.read_text())      # else of a version that measured less
+        start, done, missing = time.perf_counter(), 0, [key for key in runs if not current(key)]
+        for seed in sorted({key[3] for key in missing}):     # the sampling noise differs between seeds too
+            keys = {id(runs[key]): key for key in missing if key[3] == seed}
+            for group in run.stacks([runs[key] for key in keys.values()], self.device):
+                before = time.perf_counter()
+                points = kind_points.draw(group, steps, args.num_samples, seed, self.device, sampler=sampler, grid=grid)
+                facts = dict(steps=steps, sampler=sampler, grid=grid, sampling_seed=seed, device=str(self.device),
+                             seconds=(time.perf_counter() - before) / len(group.members))
+                for one, x in zip(group.members, points):
+                    made = folder(keys[id(one)])
+                    if thesis:
+                        kind_points.save(made, one, x, **facts)
+                    else:
+                        run.write(made / "metrics.json", json.dumps(kind_points.describe(one, x, **facts), indent=2).encode())
+                done += len(group.members)
+                left = (time.perf_counter() - start) / done * (len(missing) - done)
+                print(f"sampling in {steps} steps, {sampler}, grid {grid}: {done} of {len(missing)} networks, {left:.0f} s left",
+                      flush=True)
+        results = {key: {**json.loads((folder(key) / "metrics.json").read_text()), "folder": folder(key)} for key in runs}
+        for key, result in results.items():
+            self.note(runs[key].recipe, key, samples={how: [result[name] for name in KEPT]})
+        return results
+
+    def with_floor(self, data, samples, how):
+        """metrics.json of samples from a record, which has no floor: that is the dataset's."""
+        if how not in samples:
+            raise SystemExit(f"no samples '{how}' in runs.jsonl - leave out --recorded to draw what is missing")
+        floors, log_density = kind_points.floor(data, self.args.num_samples)
+        return (dict(zip(KEPT, samples[how])) | {f"{name}_floor": {"mean": mean, "std": std} for name, (mean, std) in floors.items()}
+                | {"log_density_data": log_density, "seconds": 0.0})
+
+    def likelihoods(self, runs):
+        """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-....json."""
+        if self.args.recorded:
+            return {key: self.recorded(one.recipe, key, "likelihood") for key, one in runs.items()}
+        n, start, done = min(self.args.num_samples // 4, kind_points.POINTS), time.perf_counter(), 0
+        path = lambda key: runs[key].folder / f"likelihood-{n}-{DRAWS}-{ODE_STEPS}.json"
+        missing = [key for key in runs if not path(key).exists()
+                   or path(key).stat().st_mtime < (runs[key].folder / "ckpt.pt").stat().st_mtime]
+        for key in missing:
+            config = runs[key].config
+            x = kind_points.test_examples(config, n, self.device)
+            model = runs[key].model(self.device).to(x.dtype)
+            terms, _ = likelihood.evaluate(model, x, config, DRAWS, ode_steps=ODE_STEPS,
+                                           generator=run.generator(self.device, "likelihood"))
+            terms["entropy"] = -DATASETS[key[0]].log_prob(x.cpu())
+            gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
+            result = {name: likelihood.mean_and_error(values) for name, values in (terms | gaps).items()}
+            lost = (gaps["exact gap"] > 100).sum().item()
+            run.write(path(key), json.dumps(result | {"exact median": gaps["exact gap"].median().item(), "lost": lost}).encode())
+            done += 1
+            left = (time.perf_counter() - start) / done * (len(missing) - done)
+            print(f"likelihood: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
+        results = {key: json.loads(path(key).read_text()) for key in runs}
+        for key, result in results.items():
+            self.note(runs[key].recipe, key, likelihood=result)
+        return results
+
+    def exact_nelbo(self, runs, key, best):
+        """Exact NELBO of a run on `nelbo_points` -> its mean, the standard error of mean minus the optimum; best: of the optimum."""
+        if self.args.recorded:
+            return self.recorded(runs[key].recipe, key, "nelbo")
+        model = kind_points.in_chunks(runs[key].model())
+        terms = exact_nelbo(model, key[1], key[0], runs[key].config["stabiliser"])
+        result = [terms.mean().item(), ((terms - best).std() / len(best)**0.5).item()]
+        self.note(runs[key].recipe, key, nelbo=result)
+        return result
+
+
+@functools.cache
+def nelbo_points(data, t_min=1e-3):
+    """The points on which every model of a dataset is tested: z, eps (200,000, 2), t (200,000,) uniform in log-SNR, a factor.
+
+    The exact NELBO, the mean of -1/2 dlogsnr/dt (eps_hat - eps)^2 over t ~ U(t_min, 1 - t_min), is the factor times the mean
+    of the squared error alone when log-SNR is uniform: the weight is gone, and most of the variance (VDM 4.6).
+    """
+    schedule, g = ddpm.SCHEDULES["cosine"], run.generator("cpu", "judge", data)
+    x = DATASETS[data].sample(4 * kind_points.POINTS, g)
+    t = losses.draw_t((len(x),), schedule, t_min, "logsnr", g, torch.float64)[0].float()
+    eps, (low, high) = torch.randn(x.shape, generator=g), schedule.ends(t_min)
+    return ddpm.q_sample(x, t, eps, schedule), t, eps, 0.5 * (high - low) / (1 - 2 * t_min)
+
+
+@torch.no_grad()
+def exact_nelbo(model, target, data, stabiliser=0.0):
+    """Terms whose mean is the exact NELBO of any model in nats per dimension -> (200,000,)."""
+    (z, t, eps, factor), schedule = nelbo_points(data), ddpm.SCHEDULES["cosine"]
+    alpha, sigma = ddpm.expand(schedule.alpha(t), z), ddpm.expand(schedule.sigma(t), z)
+    eps_hat = targets.to_eps(target, model(z, t), z, alpha, sigma, stabiliser)
+    return factor * (eps_hat - eps).square().mean(1)
+
+
+# Cells of tables, and Markdown
+
+def cell(values):
+    """Mean and, of more than one seed, standard deviation (n - 1)."""
+    mean = statistics.mean(values)
+    form = ".3f" if abs(mean) < 100 else ".0f" if abs(mean) < 1e6 else ".0e"
+    return f"{mean:{form}}" + (f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def gaps(results):
+    """Mean log-density of samples under the data's density minus that of the data, in nats: more than 0 is too sharp."""
+    return [result["log_density"] - result["log_density_data"] for result in results]
+
+
+def floor(result, name):
+    """The floor of a distance as a cell."""
+    return "{mean:.3f} +- {std:.3f}".format(**result[f"{name}_floor"])
+
+
+def rows(header, lines):
+    """A Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines]] + [""]
