@@ -1,7 +1,8 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
+CORE = ddpm.py targets.py losses.py samplers.py datasets2d.py mlp.py
 
-.PHONY: demo test bench
+.PHONY: demo test lint bench
 
 # Train eps with mse on the rings, draw 10,000 samples in 512 steps, measure them. Goes on where it was interrupted.
 demo: .venv/.installed
@@ -11,6 +12,10 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(RUN) -m pytest -q
+
+lint: .venv/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff check --select E501 --line-length 100 $(CORE)
 
 bench: .venv/.installed
 	$(RUN) bench.py

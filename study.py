@@ -40,12 +40,12 @@ KEPT = "mean_distance", "covariance_distance", "sliced_wasserstein", "log_densit
 
 
 def round_off(value):
-    """Numbers to six significant digits: what runs.jsonl keeps."""
+    """Numbers to eight significant digits, all that float32 has: what runs.jsonl keeps."""
     if isinstance(value, dict):
         return {key: round_off(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [round_off(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
 class Study:
