@@ -2,14 +2,14 @@
 
     python bench.py                                        # points, on the GPU if there is one, else on the CPU
     python bench.py --device cpu --width 256
-    python bench.py unet                                   # images; the UNets of diffusers and denoising-diffusion-pytorch
-                                                           # join where they are installed
+    python bench.py unet                                   # images; the UNets of diffusers and
+                                                           # denoising-diffusion-pytorch join where installed
 
-Points: all loops train the same network on the same points with the same batch size and optimiser. Times are per network and
-step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by their number. Images: all networks have as
-many channels, blocks and layers; FLOP are counted (two for a multiply and add; training is three forward passes) and
-compared with a large product of matrices in the same run. Rounds alternate and the median counts. Peak memory is the
-process's resident set on a CPU and torch's allocations on CUDA.
+Points: all loops train the same network on the same points with the same batch size and optimiser. Times are per
+network and step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by their number. Images: all networks
+have as many channels, blocks and layers; FLOP are counted (two for a multiply and add; training is three forward
+passes) and compared with a large product of matrices in the same run. Rounds alternate and the median counts. Peak
+memory is the process's resident set on a CPU and torch's allocations on CUDA.
 """
 import argparse
 import functools
@@ -90,14 +90,16 @@ def points(args, device):
     data = DATASETS["rings"].sample(kind_points.POINTS)
     ours, plain = kind_points.build_model(config).to(device), plain_model(args.width).to(device)
     many = kind_points.build_model(config, len(members)).to(device)
-    our_optimizer, many_optimizer = train_points.build_optimizer(ours, config), train_points.build_optimizer(many, config)
+    our_optimizer, many_optimizer = (train_points.build_optimizer(ours, config),
+                                     train_points.build_optimizer(many, config))
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True, drop_last=True)
     data = data.to(device)
     our_step = train_points.build_step(ours, our_optimizer, 1)
     many_step = train_points.ready_step(many, many_optimizer, len(members), args.batch_size)
 
-    loops = {"train.py": lambda: train_points.train_epoch(our_step, our_optimizer, [data], 0, [config]),     # eager, also on CUDA
+    # "train.py" is eager, also on CUDA
+    loops = {"train.py": lambda: train_points.train_epoch(our_step, our_optimizer, [data], 0, [config]),
              "plain": lambda: plain_epoch(plain, plain_optimizer, loader, device),
              "network alone": lambda: network_epoch(ours, data, config),
              stacked: lambda: train_points.train_epoch(many_step, many_optimizer, len(members) * [data], 0, members)}
@@ -119,17 +121,17 @@ def points(args, device):
     n, steps = 10_000, 32
     for name, model, configs in ("train.py", ours, [config]), (stacked, many, members):
         runs = run.Stack([opened(c, stack.member(model.state_dict(), m)) for m, c in enumerate(configs)])
-        draw = lambda: kind_points.draw(runs, steps, n, device=device)
+        draw = lambda: kind_points.draw(runs, steps, n, device=device)                # noqa: B023 - called in this turn
         draw()
         step = statistics.median(seconds(draw, device) for _ in range(3)) / steps / len(configs)
-        print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step {flop / 3 / args.batch_size * n / step / 1e9:7.1f} GFLOP/s"
-              f"   {n:,} points")
+        print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step "
+              f"{flop / 3 / args.batch_size * n / step / 1e9:7.1f} GFLOP/s   {n:,} points")
     evaluations(ours, config, n, steps, device)
     print_memory(device)
 
 
 def evaluations(model, config, n, steps, device):
-    """Each sampler, and the exact log-likelihood, beside the same number of evaluations of the network with nothing around them.
+    """Each sampler, and the exact log-likelihood, beside as many evaluations of the network with nothing around them.
 
     An evaluation of the likelihood has a forward pass and two backward passes to z, one a dimension, in float64.
     """
@@ -143,7 +145,8 @@ def evaluations(model, config, n, steps, device):
             in_cache(z, t)
     contenders = {"network alone": (alone, steps)}
     for name in samplers.SAMPLERS:
-        contenders[name] = functools.partial(kind_points.draw, one, steps, n, device=device, sampler=name), steps - (name == "heun")
+        contenders[name] = (functools.partial(kind_points.draw, one, steps, n, device=device, sampler=name),
+                            steps - (name == "heun"))
     for name, (function, count) in contenders.items():
         function()
         times[name] = statistics.median(seconds(function, device) for _ in range(3)) / count
@@ -177,8 +180,8 @@ def peers(channels, multiples, layers):
             def forward(self, z, t):
                 return super().forward(z, 1000 * t).sample
         networks["diffusers"] = Diffusers(
-            sample_size=32, block_out_channels=[channels * m for m in multiples], layers_per_block=layers, norm_eps=1e-6,
-            attention_head_dim=None, down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+            sample_size=32, block_out_channels=[channels * m for m in multiples], layers_per_block=layers,
+            norm_eps=1e-6, attention_head_dim=None, down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
             up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)])
     except ImportError:
         print("diffusers is not installed: pip install diffusers")
@@ -217,7 +220,7 @@ def unet_sample(network, optimizer, precision, z, t):
 
 
 def images(args, device):
-    """Training and sampling with the UNet of `unet.PRESETS["ddpm"]`, each network in bf16 and in fp32 (on CUDA tf32)."""
+    """Training and sampling with the UNet of `unet.PRESETS["ddpm"]`, each network in bf16 and fp32 (on CUDA tf32)."""
     batch, preset = args.batch_size or (16 if device.type == "cpu" else 128), unet.PRESETS["ddpm"]
     preset = preset | dict(channels=args.channels)
     print(f"torch {torch.__version__}, {run.device_name(device)}, batch {batch}, 32 x 32, {args.channels} channels")
@@ -247,8 +250,8 @@ def images(args, device):
         best = max((value for (name, _), value in speed.items() if name != "unet.py"), default=None)
         for (name, precision), value in speed.items():
             ratio = f"   this / best of the others {value / best:.2f}" if best else ""
-            print(f"{title:11s} {name:27s} {precision} {batch / times[name, precision]:9.1f} images/s {value / 1e12:8.3f} TFLOP/s "
-                  f"{100 * value / top:5.1f} % of the ceiling{ratio}")
+            print(f"{title:11s} {name:27s} {precision} {batch / times[name, precision]:9.1f} images/s "
+                  f"{value / 1e12:8.3f} TFLOP/s {100 * value / top:5.1f} % of the ceiling{ratio}")
     print_memory(device)
 
 
@@ -260,7 +263,8 @@ def main(argv=None):
                         help="(points: 512; images: 16 on a CPU, else 128)")
     parser.add_argument("--width", type=settings.number(int, 1), default=128, help="of the hidden layers, points (128)")
     parser.add_argument("--target", choices=TARGETS, default="eps", help="of our loop, points (eps)")
-    parser.add_argument("--channels", type=settings.number(int, 32), default=128, help="of the UNets' first block (128)")
+    parser.add_argument("--channels", type=settings.number(int, 32), default=128,
+                        help="of the UNets' first block (128)")
     parser.add_argument("--rounds", type=settings.number(int, 1), default=7, help="epochs or steps of each (7)")
     args = parser.parse_args(argv)
     (points if args.what == "points" else images)(args, run.device(args.device))

@@ -1,17 +1,19 @@
-r"""The four 2D sets, with everything about them known exactly (thesis 4.1.1, Fig. 4.1).
+r"""The four 2D datasets, with everything about them known exactly (thesis 4.1.1, Fig. 4.1).
 
-Each set is a Gaussian mixture with equal weights: centres along a curve (4 corners for the clusters), Gaussian noise of
-one standard deviation around them, then standardised per axis by the exact mean and standard deviation. So we have not
-only samples but the log-density, and after diffusion to z = alpha x + sigma eps (again a mixture) the density of z, its
-score, and E[x | z], the best possible denoiser: what every result of this project is compared with. The centres on a
+Each set is a Gaussian mixture with equal weights: centres along a curve (4 corners for the
+clusters), Gaussian noise of one standard deviation around them, then standardised per axis by the
+exact mean and standard deviation. So we have not only samples but the log-density, and after
+diffusion to z = alpha x + sigma eps (again a mixture) the density of z, its score, and E[x | z],
+the best possible denoiser: what every result of this project is compared with. The centres on a
 curve are so close (at most 0.14 standard deviations apart) that more of them change nothing.
 
-The thesis shows its sets only as images. The shapes here are inferred: the 32 losses of its Table 4.1 lie between 1 %
-below and 7 % above what the exact denoiser of these sets gets (ERRATA.md entry 8).
+The thesis shows its datasets only as images. The shapes here are inferred: the 32 losses of its
+Table 4.1 lie between 1 % below and 7 % above what the exact denoiser of these gets
+(ERRATA.md entry 8).
 
 Not here: images, and how training draws its batches (`train.py`).
 
-    python datasets2d.py  # the sets as a image, datasets2d.png
+    python datasets2d.py  # the datasets as an image, datasets2d.png
 """
 import math
 from dataclasses import dataclass
@@ -23,10 +25,11 @@ import targets
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Equal-weight Gaussian mixture in 2D: centres (K, 2), one standard deviation per axis, std (2,); float64, CPU.
+    """Equal-weight Gaussian mixture in 2D: centres (K, 2), one standard deviation per axis (2,).
 
-    Data z are (B, 2), alpha and sigma numbers or tensors of shape (B,) or (). Results have z's dtype and device. The
-    default alpha = 1, sigma = 0 is the data themselves. Work goes in chunks, so that memory does not grow with B.
+    Both are float64 on the CPU. Data z are (B, 2), alpha and sigma numbers or tensors of shape
+    (B,) or (). Results have z's dtype and device. The default alpha = 1, sigma = 0 is the data
+    themselves. Work goes in chunks, so that memory does not grow with B.
     """
     centres: torch.Tensor
     std: torch.Tensor
@@ -39,60 +42,72 @@ class GaussianMixture:
         return self.centres.to(noise)[k] + self.std.to(noise) * noise
 
     def _chunks(self, z, alpha, sigma):
-        """Yield z (b, 2), alpha (b, 1), the variance of z given its centre (b, 2), -1/2 squared distances (b, K)."""
+        """Yield z (b, 2), alpha (b, 1), the variance of z given its centre (b, 2), logits (b, K).
+
+        The logits of the centres are -1/2 squared distances.
+        """
         centres, data_var = self.centres.to(z), self.std.to(z)**2
         alpha, sigma = (torch.as_tensor(c, device=z.device, dtype=z.dtype).expand(len(z))[:, None]
                         for c in (alpha, sigma))
         size = max(1, 2**20 // len(centres))
-        for z, alpha, sigma in zip(z.split(size), alpha.split(size), sigma.split(size)):
+        columns = zip(z.split(size), alpha.split(size), sigma.split(size))
+        for z, alpha, sigma in columns:
             var = alpha**2 * data_var + sigma**2
             scale = var.rsqrt()
-            # Differences, not the expanded square: it cancels in float32 when the centres are sharp.
+            # Differences, not the expanded square: in float32 that cancels for sharp centres.
             d0 = (z * scale)[:, :1] - (alpha * scale)[:, :1] * centres[:, 0]
             d1 = (z * scale)[:, 1:] - (alpha * scale)[:, 1:] * centres[:, 1]
             yield z, alpha, var, -0.5 * (d0 * d0 + d1 * d1)
 
     def log_prob(self, z, alpha=1.0, sigma=0.0):
         """Log-density of z = alpha x + sigma eps in nats: (B, 2) -> (B,)."""
-        return torch.cat([logits.logsumexp(1) - math.log(len(self.centres)) - 0.5 * (2 * math.pi * var).log().sum(1)
+        return torch.cat([logits.logsumexp(1) - math.log(len(self.centres))
+                          - 0.5 * (2 * math.pi * var).log().sum(1)
                           for _, _, var, logits in self._chunks(z, alpha, sigma)])
 
     def _denoise_and_score(self, z, alpha, sigma):
-        """E[x | z] and the score of z, which share the weights of the centres: (B, 2) -> (B, 2), (B, 2)."""
+        """E[x | z] and the score of z, which share the centres' weights: (B, 2) -> both (B, 2)."""
         centres, data_var = self.centres.to(z), self.std.to(z)**2
-        x_hat, score = [], []
-        for z, alpha, var, logits in self._chunks(z, alpha, sigma):
-            centre = logits.softmax(1) @ centres                                        # E[centre | z]
+        x_hat, score, chunks = [], [], self._chunks(z, alpha, sigma)
+        for z, alpha, var, logits in chunks:
+            centre = logits.softmax(1) @ centres                            # E[centre | z]
             score.append((alpha * centre - z) / var)
             x_hat.append(centre + alpha * data_var / var * (z - alpha * centre))
         return torch.cat(x_hat), torch.cat(score)
 
     def denoise(self, z, alpha, sigma):
-        """E[x | z], the denoiser of least squared error: (B, 2) -> (B, 2). No division by alpha: right for t = 1."""
+        """E[x | z], the denoiser of least squared error: (B, 2) -> (B, 2).
+
+        It does not divide by alpha: right for t = 1.
+        """
         return self._denoise_and_score(z, alpha, sigma)[0]
 
     def score(self, z, alpha=1.0, sigma=0.0):
-        """Score of the marginal, the gradient of log_prob(z, alpha, sigma) in z: (B, 2) -> (B, 2)."""
+        """Score of the marginal, the gradient of log_prob in z: (B, 2) -> (B, 2)."""
         return self._denoise_and_score(z, alpha, sigma)[1]
 
     def optimal_model(self, target, schedule, stabiliser=0.0):
-        """The best possible network: model(z, t) -> E[y | z] of any target y = a x + b eps, z (B, 2), t (B,)."""
+        """The best possible network: model(z, t) -> E[y | z] of any target y = a x + b eps.
+
+        z (B, 2), t (B,).
+        """
         def model(z, t):
             alpha, sigma = schedule.alpha(t), schedule.sigma(t)
             a, b = targets.coefficients(target, alpha, sigma, stabiliser)
             x_hat, score = self._denoise_and_score(z, alpha, sigma)
-            return a[..., None] * x_hat - (b * sigma)[..., None] * score                # E[eps | z] = -sigma score
+            # E[eps | z] = -sigma score
+            return a[..., None] * x_hat - (b * sigma)[..., None] * score
         return model
 
 
 def standardised(centres, std):
-    """The mixture of `centres` (K, 2) and noise `std`, moved and scaled per axis to exact mean 0 and variance 1."""
+    """The mixture of `centres` (K, 2) and noise `std`, per axis of exact mean 0 and variance 1."""
     mean, scale = centres.mean(0), (centres.var(0, correction=0) + std**2).sqrt()
     return GaussianMixture((centres - mean) / scale, std / scale)
 
 
 def line(start, end, n):
-    """Midpoints of n equal pieces of [start, end]: the centres of a uniform distribution along a curve."""
+    """Midpoints of n equal pieces of [start, end]: centres of a uniform distribution on a curve."""
     return start + (end - start) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
@@ -116,12 +131,13 @@ def swiss_roll(n=2000):
 
 
 def waves(n=1000):
-    """(u, sin u +- 1) with u uniform in [-2 pi, 2 pi], standard deviation 0.25; n centres on each."""
+    """(u, sin u +- 1) with u uniform in [-2 pi, 2 pi], standard deviation 0.25; n on each."""
     u = line(-2 * math.pi, 2 * math.pi, n)
     return torch.cat([torch.stack([u, u.sin() - 1], 1), torch.stack([u, u.sin() + 1], 1)]), 0.25
 
 
-DATASETS = {shape.__name__: standardised(*shape()) for shape in (clusters, rings, swiss_roll, waves)}
+DATASETS = {shape.__name__: standardised(*shape())
+            for shape in (clusters, rings, swiss_roll, waves)}
 
 
 if __name__ == "__main__":
@@ -129,5 +145,6 @@ if __name__ == "__main__":
     points = {name: data.sample(10_000) for name, data in DATASETS.items()}
     plots.scatter(points, "datasets2d.png")
     for name, data in DATASETS.items():
-        print(f"{name:11s} entropy {-data.log_prob(data.sample(50_000)).mean():.3f} nats (50,000 points)")
+        print(f"{name:11s} entropy {-data.log_prob(data.sample(50_000)).mean():.3f} nats "
+              "(50,000 points)")
     print("wrote datasets2d.png")

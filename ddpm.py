@@ -1,13 +1,15 @@
-r"""The diffusion process: noise schedules, forward process, posterior (thesis 3.1.1, 3.1.2), and its SDE (slides).
+r"""The diffusion: noise schedules, forward process, posterior (thesis 3.1.1, 3.1.2), SDE (slides).
 
-Read this first, then `targets.py` (what the network predicts) and `losses.py` (how its errors are weighed). Equation
-numbers are the thesis's; VDM is *Demystifying Variational Diffusion Models* (Ribeiro and Glocker 2024), Foundations is
-*Foundations of Diffusion Models* (Grzybowski 2026), slides are *Diffusion Models* (Beigy, lecture of 2025).
+Read this first, then `targets.py` (what the network predicts) and `losses.py` (how its errors are
+weighed). Equation numbers are the thesis's; VDM is *Demystifying Variational Diffusion Models*
+(Ribeiro and Glocker 2024), Foundations is *Foundations of Diffusion Models* (Grzybowski 2026),
+slides are *Diffusion Models* (Beigy, lecture of 2025).
 
-A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sigma^2), strictly decreasing in t in
-[0, 1]. Everything else follows from it. Times are tensors of shape (B,) or (), data are (B, ...); every function works
-in float32 and float64, on any device. The ends t = 0 and t = 1 of the cosine schedule are log-SNR +-infinity: training
-and sampling stay inside [t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
+A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sigma^2), strictly
+decreasing in t in [0, 1]. Everything else follows from it. Times are tensors of shape (B,) or (),
+data are (B, ...); every function works in float32 and float64, on any device. The ends t = 0 and
+t = 1 of the cosine schedule are log-SNR +-infinity: training and sampling stay inside
+[t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
 
 Not here: how samples are drawn (`samplers.py`), learned schedules and learned variances.
 
@@ -21,24 +23,26 @@ import torch
 
 
 def expand(c, x):
-    """Give a coefficient c of shape (B,) or () trailing axes, so that it multiplies x of shape (B, ...)."""
+    """Give a coefficient c, (B,) or (), trailing axes, so that it multiplies x, (B, ...)."""
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A noise schedule: logsnr(t), its derivative dlogsnr(t), and what follows from them. All map (B,) -> (B,)."""
+    """A noise schedule: logsnr(t), its derivative, what follows from them. All map (B,) -> (B,)."""
     logsnr: Callable
     dlogsnr: Callable
     variance_preserving: bool = True               # else variance exploding: alpha = 1
 
     def alpha(self, t):
-        """Signal coefficient: alpha^2 = sigmoid(logsnr), so that alpha^2 + sigma^2 = 1 (VDM A.3); 1 if exploding."""
-        return torch.sigmoid(self.logsnr(t)).sqrt() if self.variance_preserving else torch.ones_like(t)
+        """Signal coefficient: alpha^2 = sigmoid(logsnr) = 1 - sigma^2 (VDM A.3); 1 if exploding."""
+        return (torch.sigmoid(self.logsnr(t)).sqrt() if self.variance_preserving
+                else torch.ones_like(t))
 
     def sigma(self, t):
-        """Noise coefficient: sigma^2 = sigmoid(-logsnr); never 1 - alpha^2, which cancels near t = 0."""
-        return torch.sigmoid(-self.logsnr(t)).sqrt() if self.variance_preserving else torch.exp(-0.5 * self.logsnr(t))
+        """Noise coefficient: sigma^2 = sigmoid(-logsnr); 1 - alpha^2 would cancel near t = 0."""
+        return (torch.sigmoid(-self.logsnr(t)).sqrt() if self.variance_preserving
+                else torch.exp(-0.5 * self.logsnr(t)))
 
     def snr(self, t):
         """SNR(t) = alpha^2 / sigma^2, Eq. (3.2)."""
@@ -49,7 +53,7 @@ class Schedule:
         return self.snr(t) * self.dlogsnr(t)
 
     def t(self, logsnr):
-        """The time of a log-SNR, the inverse of logsnr(t), by bisection on the CPU in float64; any shape."""
+        """The time of a log-SNR, any shape: inverse of logsnr(t), by bisection in float64 (CPU)."""
         wanted = logsnr.cpu().double()
         low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
         for _ in range(60):
@@ -59,19 +63,21 @@ class Schedule:
         return middle.to(logsnr.dtype).to(logsnr.device)
 
     def ends(self, t_min):
-        """log-SNR at 1 - t_min and at t_min, two numbers: its range in training, sampling and likelihoods."""
+        """log-SNR at 1 - t_min and t_min, two numbers: what training and sampling stay between."""
         return self.logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64)).tolist()
 
     def drift(self, t):
-        """f of the forward process dz = f z dt + g dw (slides): dlog(alpha)/dt = sigma^2 dlogsnr / 2; 0 if exploding."""
-        return 0.5 * self.sigma(t)**2 * self.dlogsnr(t) if self.variance_preserving else torch.zeros_like(t)
+        """f of dz = f z dt + g dw (slides): dlog(alpha)/dt = sigma^2 dlogsnr / 2; exploding: 0."""
+        return (0.5 * self.sigma(t)**2 * self.dlogsnr(t) if self.variance_preserving
+                else torch.zeros_like(t))
 
     def diffusion_sq(self, t):
-        """g^2 of dz = f z dt + g dw: dsigma^2/dt - 2 f sigma^2 = -sigma^2 dlogsnr, for every schedule."""
+        """g^2 of dz = f z dt + g dw: dsigma^2/dt - 2 f sigma^2 = -sigma^2 dlogsnr; any schedule."""
         return -self.sigma(t)**2 * self.dlogsnr(t)
 
 
-# alpha = cos(pi t / 2), Eq. (3.3). cos(pi t / 2) is written sin(pi (1 - t) / 2): right in float32 up to t = 1.
+# alpha = cos(pi t / 2), Eq. (3.3).
+# cos(pi t / 2) is written sin(pi (1 - t) / 2): right in float32 up to t = 1.
 def cosine_logsnr(t):
     return 2 * (torch.sin(math.pi / 2 * (1 - t)).log() - torch.sin(math.pi / 2 * t).log())
 
@@ -80,7 +86,8 @@ def cosine_dlogsnr(t):
     return -math.pi / (torch.sin(math.pi / 2 * (1 - t)) * torch.sin(math.pi / 2 * t))
 
 
-# VP-SDE, beta(t) = BETA_0 + (BETA_1 - BETA_0) t, alpha^2 = exp(-integral of beta) (Song et al. 2021, Eq. 32-33).
+# VP-SDE, beta(t) = BETA_0 + (BETA_1 - BETA_0) t, alpha^2 = exp(-integral of beta)
+# (Song et al. 2021, Eq. 32-33).
 BETA_0, BETA_1 = 0.1, 20.0
 
 
@@ -113,9 +120,10 @@ SCHEDULES = {
 
 
 def standardise(z, t, schedule):
-    """z divided by sqrt(alpha^2 + sigma^2), its standard deviation for standardised data: what networks are given.
+    """z divided by sqrt(alpha^2 + sigma^2), its standard deviation for standardised data.
 
-    That is 1 for every variance preserving schedule, and keeps z of the variance exploding one (sigma up to 50) in range.
+    It is what networks are given. The divisor is 1 for every variance preserving schedule; it
+    keeps z of the variance exploding one (sigma up to 50) in range.
     """
     if schedule is None or schedule.variance_preserving:
         return z
@@ -123,9 +131,9 @@ def standardise(z, t, schedule):
 
 
 def q_sample(x, t, eps, schedule):
-    """Draw z ~ q(z_t | x), Eq. (3.1), by z = alpha x + sigma eps. x, eps (B, ...), t (B,) -> z (B, ...)."""
+    """Draw z ~ q(z_t | x), Eq. (3.1): z = alpha x + sigma eps; x, eps, z (B, ...), t (B,)."""
     alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
-    return alpha * x + sigma * eps                                                              # Eq. (3.3)
+    return alpha * x + sigma * eps                                 # Eq. (3.3)
 
 
 def alpha_ts(s, t, schedule):
@@ -134,12 +142,12 @@ def alpha_ts(s, t, schedule):
 
 
 def one_minus_snr_ratio(s, t, schedule):
-    """1 - SNR(t) / SNR(s), s < t. (B,) -> (B,) in [0, 1]. expm1: near s = t the ratio is 1 and 1 - ratio cancels."""
+    """1 - SNR(t) / SNR(s), s < t: (B,) -> (B,) in [0, 1]. expm1: near s = t, 1 - ratio cancels."""
     return -torch.expm1(schedule.logsnr(t) - schedule.logsnr(s))
 
 
 def var_ts(s, t, schedule):
-    """sigma^2_{t|s} = sigma_t^2 - alpha_{t|s}^2 sigma_s^2 of q(z_t | z_s), below Eq. (3.1). (B,) -> (B,)."""
+    """sigma^2_{t|s} = sigma_t^2 - alpha_{t|s}^2 sigma_s^2, below Eq. (3.1). (B,) -> (B,)."""
     return schedule.sigma(t)**2 * one_minus_snr_ratio(s, t, schedule)
 
 
@@ -147,12 +155,13 @@ def posterior(z, x, s, t, schedule):
     r"""Mean and variance of q(z_s | z_t, x), Eq. (3.9), for s < t; s = 0 and t = 1 are allowed.
 
     z, x (B, ...), s, t (B,) or () -> mean (B, ...), var (B, 1, ...) or (1, ...), per dimension.
-    var  = sigma^2_{t|s} sigma_s^2 / sigma_t^2                                       Eq. (3.10), VDM A.21
+    var  = sigma^2_{t|s} sigma_s^2 / sigma_t^2                               VDM A.21, Eq. (3.10)
     mean = alpha_{t|s} sigma_s^2 / sigma_t^2 z + alpha_s sigma^2_{t|s} / sigma_t^2 x   Eq. (3.11)
     """
     c = one_minus_snr_ratio(s, t, schedule)                        # sigma^2_{t|s} / sigma_t^2
     sigma_ratio_sq = (schedule.sigma(s) / schedule.sigma(t))**2
-    mean = expand(alpha_ts(s, t, schedule) * sigma_ratio_sq, z) * z + expand(schedule.alpha(s) * c, x) * x
+    mean = (expand(alpha_ts(s, t, schedule) * sigma_ratio_sq, z) * z
+            + expand(schedule.alpha(s) * c, x) * x)
     return mean, expand(schedule.sigma(s)**2 * c, z)
 
 
@@ -160,5 +169,5 @@ if __name__ == "__main__":
     for name, schedule in SCHEDULES.items():
         print(f"{name}\n      t    alpha     sigma   log-SNR   d log-SNR / dt")
         for t in torch.tensor([0.001, 0.25, 0.5, 0.75, 0.999]):
-            print(f"  {t:.3f} {schedule.alpha(t):8.4f} {schedule.sigma(t):9.4f} {schedule.logsnr(t):9.3f}"
-                  f" {schedule.dlogsnr(t):12.3f}")
+            print(f"  {t:.3f} {schedule.alpha(t):8.4f} {schedule.sigma(t):9.4f}"
+                  f" {schedule.logsnr(t):9.3f} {schedule.dlogsnr(t):12.3f}")

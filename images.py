@@ -25,10 +25,12 @@ from PIL import Image, ImageOps
 import run
 import settings
 
-IDX = "-ubyte.gz, ".join(["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"]) + "-ubyte.gz"
+IDX = "-ubyte.gz, ".join(["train-images-idx3", "train-labels-idx1",
+                          "t10k-images-idx3", "t10k-labels-idx1"]) + "-ubyte.gz"
 IMAGES = {  # torchvision's class, the folder under --data-dir where it looks for its files, the files, their address
     "cifar10":       ("CIFAR10", "", "cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz"),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", IDX, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", IDX,
+                      "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
     "mnist":         ("MNIST", "MNIST/raw", IDX, "https://ossci-datasets.s3.amazonaws.com/mnist"),
 }
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
@@ -57,12 +59,13 @@ def find(folder):
         raise SystemExit(f"no folder of images at {folder} - give the path of one, or one of {', '.join(IMAGES)}")
     names = sorted(name for name in glob.glob("**", root_dir=folder, recursive=True) if name.lower().endswith(ENDINGS))
     if not names:
-        raise SystemExit(f"no images under {folder} - put some there, their names must end in one of {' '.join(ENDINGS)}")
+        raise SystemExit(f"no images under {folder} - put some there, "
+                         f"their names must end in one of {' '.join(ENDINGS)}")
     return [f"{folder}/{name}" for name in names]
 
 
 def is_grey(path):
-    """Does the header say that a image has no colour? True if it cannot be read: that decode() will say."""
+    """Does the header say that an image has no colour? True if it cannot be read: that decode() will say."""
     with contextlib.suppress(Exception), Image.open(path) as image:
         return image.mode in GREY
     return True
@@ -92,8 +95,8 @@ def readable(paths, mode, image_size, skip_corrupt):
             image = decode(path, mode, image_size)
         except Exception as error:
             if not skip_corrupt:
-                raise SystemExit(f"cannot read the image {path} ({error}) - mend or delete it, or leave out all such with "
-                                 "--skip-corrupt") from None
+                raise SystemExit(f"cannot read the image {path} ({error}) - mend or delete it, "
+                                 "or leave out all such with --skip-corrupt") from None
             skipped += 1
         else:
             yield path, image
@@ -109,11 +112,12 @@ def read(paths, whole, image_size, skip_corrupt):
     for n, (path, image) in enumerate(readable(paths, *how), 1):
         if image.shape != like.shape:
             (_, h, w), (_, H, W) = like.shape, image.shape
-            raise SystemExit(f"images of mixed sizes: {first} is {w} x {h} and {path} is {W} x {H} - cut and resize all of "
-                             "them with, say, --image-size 32")
+            raise SystemExit(f"images of mixed sizes: {first} is {w} x {h} and {path} is {W} x {H} - "
+                             "cut and resize all of them with, say, --image-size 32")
         x[n - 1] = image
     if n == 0:
-        raise SystemExit(f"none of the {len(paths)} images, {paths[0]} ..., can be read - mend them or give another folder")
+        raise SystemExit(f"none of the {len(paths)} images, {paths[0]} ..., can be read - "
+                         "mend them or give another folder")
     return torch.from_numpy(x[:n])
 
 
@@ -137,14 +141,14 @@ def fetch(data, split, data_dir):
             x = getattr(datasets, kind)(data_dir, train=split == "train", download=True).data    # (N, H, W[, C])
     except Exception as error:                      # many kinds: of the network, the disk, or a damaged file
         reason = [type(error).__name__, *str(error).splitlines()][-1]
-        raise SystemExit(f"cannot read {data} ({reason}) - remove what is damaged in {Path(data_dir) / where} and put there, "
-                         f"from {address}: {files}; or choose another --data-dir") from None
+        raise SystemExit(f"cannot read {data} ({reason}) - remove what is damaged in {Path(data_dir) / where} and "
+                         f"put there, from {address}: {files}; or choose another --data-dir") from None
     x = torch.as_tensor(x)
     return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
 
 
 def load(data, split, data_dir="data", image_size=None, skip_corrupt=False):
-    """The split train or test of a set in IMAGES, or of a folder -> uint8 (N, C, H, W), CPU. Mistakes end in SystemExit.
+    """The split train or test of a set in IMAGES, or of a folder -> uint8 (N, C, H, W), CPU; SystemExit at a mistake.
 
     The splits of a folder are its subfolders train and test; without them a fixed random tenth is the test split.
     """
@@ -182,8 +186,9 @@ def save_png(x, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", default="cifar10", help=f"{', '.join(IMAGES)} or a folder of images (cifar10)")
-    parser.add_argument("--data-dir", default="data", help="where the named sets are or go (data)")
+    parser.add_argument("data", nargs="?", default="cifar10",
+                        help=f"{', '.join(IMAGES)} or a folder of images (cifar10)")
+    parser.add_argument("--data-dir", default="data", help="where the named datasets are or go (data)")
     parser.add_argument("--image-size", type=settings.number(int, 1), help="cut to squares and resize (as they are)")
     parser.add_argument("--skip-corrupt", action=argparse.BooleanOptionalAction, default=False,
                         help="leave out images that cannot be read (no)")

@@ -1,6 +1,7 @@
-"""Images as a kind of data: what a run on them loads, builds, is tested with, draws and measures (thesis 4.1.2, 4.2.1, 4.3.2).
+"""Images as a kind of data: what a run on them loads, builds, is tested with, draws, measures (thesis 4.1.2 - 4.3.2).
 
-`kind_points.py` has the same verbs for points, and says what they are. Read `images.py`, `unet.py` and `metrics.py` first.
+`kind_points.py` has the same verbs for points, and says what they are.
+Read `images.py`, `unet.py` and `metrics.py` first.
 
 Not here: the loop (`train_images.py`).
 """
@@ -50,7 +51,7 @@ def autocast(config, device):
 
 
 def test_losses(config):
-    """Names of the losses that every run is tested with, whatever it trains on: all that have a weight for its target."""
+    """Names of the losses that every run is tested with, whatever it trains on: those with a weight for its target."""
     names = []
     for name in losses.LOSSES:
         with contextlib.suppress(ValueError):
@@ -68,7 +69,7 @@ def test(model, data, config, device):
     (rank, world), g, n = run.processes(), run.generator("cpu", "test noise"), len(data)
     objective, names = losses.objective(config), test_losses(config)
     weight = lambda name, t: losses.weight(name, config["target"], t, objective["schedule"], config["stabiliser"])
-    shuffled = torch.randperm(n, generator=g)        # t rises with the row: without this with the class of sorted images
+    shuffled = torch.randperm(n, generator=g)        # else t rises with the row: with the class, in sorted images
     times, total = losses.sample_t((n,), config["t_min"], g), torch.zeros(len(names) + 1, device=device)
     for i, (rows, t) in enumerate(zip(shuffled.split(TESTED), times.split(TESTED))):
         x = images.to_float(data[rows])
@@ -84,25 +85,30 @@ def test(model, data, config, device):
 
 
 def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
-    """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid and eta of `samplers`."""
+    """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`."""
     objective = losses.objective(config)
     with autocast(config, generator.device):
-        x = samplers.sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"], t_min=t_min,
-                            generator=generator, stabiliser=objective["stabiliser"], clip=1.0 if clip else math.inf, **how)
+        x = samplers.sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"],
+                            t_min=t_min, generator=generator, stabiliser=objective["stabiliser"],
+                            clip=1.0 if clip else math.inf, **how)
     return images.to_uint8(x)
 
 
 def draw_folder(folder, one, n, args, device):
-    """Write n images as folder/00000.png ... -> settings, seconds. Each batch has its own noise: what is there is not drawn again."""
+    """Write n images as folder/00000.png ... -> settings, seconds.
+
+    Each batch has its own noise: what is there is not drawn again.
+    """
     config = one.config
-    settings = dict(run=one.name, step=one.checkpoint["step"], test_loss=one.history[-1]["test_loss"] if one.history else None,
-                    steps=args.steps, **args.how, t_min=run.smallest_t(config, args.t_min), clip=args.clip, sampling_seed=args.seed,
-                    batch_size=args.batch_size, precision=config["precision"])
+    settings = dict(run=one.name, step=one.checkpoint["step"],
+                    test_loss=one.history[-1]["test_loss"] if one.history else None,
+                    steps=args.steps, **args.how, t_min=run.smallest_t(config, args.t_min), clip=args.clip,
+                    sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"])
     named, present = folder / "settings.json", sorted(folder.glob("*.png"))
     if present and (not named.exists() or json.loads(named.read_text()) != settings):
         if not args.overwrite:
-            raise SystemExit(f"{folder} holds {len(present)} images of other settings, see settings.json there - keep them by "
-                             "giving these another --out, or delete them with --overwrite")
+            raise SystemExit(f"{folder} holds {len(present)} images of other settings, see settings.json there - "
+                             "keep them by giving these another --out, or delete them with --overwrite")
         for path in present:
             path.unlink()
         present = []
@@ -118,12 +124,13 @@ def draw_folder(folder, one, n, args, device):
     start = time.perf_counter()
     for count, i in enumerate(missing, 1):
         generator = run.generator(device, args.seed, "sample", i)
-        x = draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip, **args.how).cpu()
-        for name, image in zip(names[i:i + size], x):                 # the last batch is drawn whole, too: one shape for all
+        x = draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
+                 **args.how).cpu()
+        for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)
         rate = count * size / (time.perf_counter() - start)
-        print(f"{min(i + size, n):,} of {n:,} images, {rate:.2f} images/s, {(len(missing) - count) * size / rate:.0f} s left",
-              flush=True)
+        print(f"{min(i + size, n):,} of {n:,} images, {rate:.2f} images/s, "
+              f"{(len(missing) - count) * size / rate:.0f} s left", flush=True)
     for name in {path.name for path in present} - set(names):         # of an earlier call that drew more
         (folder / name).unlink()
     return settings, time.perf_counter() - start
@@ -147,7 +154,7 @@ def measure(folder, network, statistics):
 
 
 def sample(chosen, args, device):
-    """Draw images of chosen runs, [(Run, folder for the results)], one after the other, and measure their FID if asked to."""
+    """Draw images of chosen runs, [(Run, folder for the results)], one by one, and measure their FID if asked to."""
     n = args.num_samples or 64
     args.batch_size = args.batch_size or (64 if device.type == "cpu" else 250)
     if args.fid:
@@ -165,8 +172,9 @@ def sample(chosen, args, device):
         if args.fid:
             fid = measure(out / "samples", network, statistics)
             result |= dict(fid=fid, fid_split=args.fid_split, fid_reference=statistics[2])
-            print(f"FID {fid:.3f}: {n:,} samples (EMA, {args.in_words}, {args.steps} steps{', clipped' if args.clip else ''}) "
-                  f"against {statistics[2]:,} images of {one.config['data']}, {args.fid_split} split")
+            print(f"FID {fid:.3f}: {n:,} samples (EMA, {args.in_words}, {args.steps} steps"
+                  f"{', clipped' if args.clip else ''}) against {statistics[2]:,} images of {one.config['data']}, "
+                  f"{args.fid_split} split")
         run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
         print(f"wrote samples/, samples.png and metrics.json to {out}/")
 
@@ -174,7 +182,7 @@ def sample(chosen, args, device):
 def test_examples(config, num, device, data_dir="data"):
     """What likelihood.py tests a run on: num test images in random order, as float levels in [-1, 1]."""
     x = load(config, "test", data_dir)
-    order = torch.randperm(len(x), generator=run.generator("cpu", "likelihood"))       # of those in classes not the first alone
+    order = torch.randperm(len(x), generator=run.generator("cpu", "likelihood"))       # else of the first classes alone
     return images.to_float(x[order[:num]]).to(device)
 
 

@@ -29,7 +29,7 @@ from mlp import MLP
 POINTS = 50_000                   # to train on, and as many fresh ones to test on (thesis 4.1.1)
 TESTS = "rescaled", "nelbo"       # also measured at every epoch: the same two for every run, whatever it is trained on
 TESTED_T_MIN = 1e-3               # their range of t, unless training has a smaller one
-LIKELIHOOD = dict(num=10_000, batch_size=5000, draws=100, num_ode=None, probes=None)     # defaults of likelihood.py; None is all, exact
+LIKELIHOOD = dict(num=10_000, batch_size=5000, draws=100, num_ode=None, probes=None)     # defaults; None is all, exact
 
 
 def load(config, split="test"):
@@ -51,23 +51,24 @@ def weights(checkpoint):
 def test_batch(config):
     """The test points of a run, their t and noise fixed: z (n, 2), t (n,), y (n, 2), weights (n, 3), n = POINTS.
 
-    t is uniform, whatever density training has. The means of weights times squared error are the run's own test loss, on its own
-    range of t, and then the exact losses TESTS on t_min = 1e-3: points outside of that range have weight 0 there, and those
-    inside a little more.
+    t is uniform, whatever density training has. The means of weights times squared error are the run's own test loss,
+    on its own range of t, and then the exact losses TESTS on t_min = 1e-3: points outside of that range have weight 0
+    there, and those inside a little more.
     """
     x, g = load(config), run.generator("cpu", "test noise")
     t, eps = losses.sample_t((POINTS,), config["t_min"], g), torch.randn(x.shape, generator=g)
     z, y, w = losses.regression(x, t, eps, **losses.objective(config))
     t_min = max(config["t_min"], TESTED_T_MIN)
     inside = ((t >= t_min) & (t <= 1 - t_min)).float()
-    tests = [inside / inside.mean() * losses.weight(name, config["target"], t, SCHEDULES[config["schedule"]], config["stabiliser"])
+    tests = [inside / inside.mean() * losses.weight(name, config["target"], t, SCHEDULES[config["schedule"]],
+                                                    config["stabiliser"])
              for name in TESTS]
     return z, t, y, torch.stack([w, *tests], 1)
 
 
 @functools.cache
 def optimal_predictions(data, schedule, t_min):
-    """x_hat and eps_hat of the exact denoiser at the test points of a run, (POINTS, 2) each: made once for all targets."""
+    """x_hat and eps_hat of the exact denoiser at a run's test points, (POINTS, 2) each: made once for all targets."""
     z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
     return [DATASETS[data].optimal_model(target, SCHEDULES[schedule])(z, t) for target in ("x", "eps")]
 
@@ -75,7 +76,8 @@ def optimal_predictions(data, schedule, t_min):
 @functools.cache
 def optimal_errors(data, target, schedule, t_min, stabiliser):
     """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
-    _, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser))
+    _, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min,
+                                 stabiliser=stabiliser))
     alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
     a, b = targets.coefficients(target, alpha, sigma, stabiliser)
     x_hat, eps_hat = optimal_predictions(data, schedule, t_min)
@@ -114,7 +116,8 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, **ho
     model = in_chunks(runs.model(device), members)
     samples = samplers.sample(model, (num_samples, 2), steps, target=[run.config["target"] for run in runs.members],
                               schedule=runs.schedule, t_min=run.smallest_t(runs.config, t_min),
-                              generator=run.generator(device, seed, "sample"), stabiliser=runs.config["stabiliser"], **how)
+                              generator=run.generator(device, seed, "sample"),
+                              stabiliser=runs.config["stabiliser"], **how)
     return samples.unflatten(0, (members, -1)).cpu()
 
 
@@ -127,7 +130,7 @@ def floor(data, n):
 
 
 def measure(config, samples):
-    """Distances of samples (n, 2) to 50,000 points of the data and their mean log-density, each beside that of the data."""
+    """Distances of samples (n, 2) to 50,000 points of the data and their mean log-density, each beside the data's."""
     result, real = {}, load(config)
     distances, log_density = floor(config["data"], len(samples))
     for distance in metrics.DISTANCES:
@@ -138,7 +141,7 @@ def measure(config, samples):
 
 
 def describe(one, samples, **facts):
-    """Measure samples of a Run, and write down what they are: what is in metrics.json. SystemExit if they are not finite."""
+    """Measure samples of a Run, and write down what they are, for metrics.json. SystemExit if they are not finite."""
     if not samples.isfinite().all():
         raise SystemExit(f"{one.name} gives samples that are not finite - train it longer, or with another --loss")
     last = one.history[-1]
@@ -160,8 +163,10 @@ def sample(chosen, args, device):
     """Draw samples of chosen runs, [(Run, folder for the results)], in stacks, measure, print, write and show them."""
     import plots  # here: a run opens without matplotlib
     if args.fid:
-        raise SystemExit("FID is for images, and this run is on 2D points, which are measured without it - leave out --fid")
-    n, start, done, places = args.num_samples or 10_000, time.perf_counter(), 0, {id(one): out for one, out in chosen}
+        raise SystemExit("FID is for images, and this run is on 2D points, which are measured without it - "
+                         "leave out --fid")
+    n, start, done, places = (args.num_samples or 10_000, time.perf_counter(), 0,
+                              {id(one): out for one, out in chosen})
     for group in run.stacks([one for one, _ in chosen], device):
         before = time.perf_counter()
         with run.enough_memory("a smaller --num-samples, or fewer runs at once"):
@@ -170,13 +175,15 @@ def sample(chosen, args, device):
         done += len(group.members)
         for one, x in zip(group.members, samples):
             out, config = places[id(one)], one.config
-            result = save(out, one, x, steps=args.steps, **args.how, sampling_seed=args.seed, device=str(device), seconds=seconds)
+            result = save(out, one, x, steps=args.steps, **args.how, sampling_seed=args.seed, device=str(device),
+                          seconds=seconds)
             print(f"{one.folder}: {n} samples in {args.steps} steps, {args.in_words}, {seconds:.1f} s on {device}")
             print("                      samples    floor (data against data)")
             for key in "mean_distance", "covariance_distance", "sliced_wasserstein":
                 print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
                                                                          **result[f"{key}_floor"]))
-            print("mean log-density     {log_density:8.4f}   {log_density_data:.4f} nats of the data itself".format(**result))
+            print("mean log-density     {log_density:8.4f}   {log_density_data:.4f} nats of the data itself"
+                  .format(**result))
             title = "{target}, {loss}, {steps} steps".format(**result)
             plots.scatter({f"{config['data']}, data": load(config), title: x}, out / "samples.png")
             print(f"wrote samples.npy, samples.png and metrics.json to {out}/")

@@ -1,14 +1,17 @@
 r"""Likelihood: the variational bound in its three terms, and the exact log-likelihood of the probability flow ODE.
 
-Read `losses.py` and `samplers.py` first. Thesis 3.1.2, Eq. (3.6); VDM 3.6 - 3.10; Foundations 3.2; Song et al. 2021, D.2.
+Read `losses.py` and `samplers.py` first. Thesis 3.1.2, Eq. (3.6); VDM 3.6-3.10; Foundations 3.2; Song et al. 2021, D.2.
 
     -log p(x) <= prior          KL of q(z_1 | x) from p(z_1), what sampling starts with
                + reconstruction E[-log p(x | z_0)]
-               + diffusion      E[1/2 (SNR(s) - SNR(t)) |x_hat - x|^2] summed over T steps, or its limit, D times the loss `nelbo`
+               + diffusion      sum of T terms E[1/2 (SNR(s) - SNR(t)) |x_hat - x|^2], or its limit, D times `nelbo`
 
-z_0 and z_1 are the z at t_min and 1 - t_min. All are sums over dimensions, in nats, one number for each example. Images have 256
-grey levels, their likelihood is a probability; that of points is a density. The ODE turns data into noise one to one: the
-log-density of the noise, and the divergence on the way, give that of the data without a bound, as a density.
+z_0 and z_1 are z at t_min and 1 - t_min. All are sums over dimensions, in nats, a number for each example. Images have
+256 grey levels, their likelihood is a probability; that of points is a density. The ODE turns data into noise one to
+one: the log-density of the noise, and the divergence on the way, give that of the data without a bound, as a density.
+
+The bound's model draws z_0 and then x given z_0; the sampler `ancestral` returns the x_hat of one step above t_min.
+They are two models, with one network, as bound and ODE are.
 
 Not here: the exact log-density of the 2D data, `datasets2d.log_prob`, with which everything is compared.
 
@@ -36,10 +39,10 @@ def nats(c):
 
 
 def prior(x, schedule, t_min=1e-3):
-    """KL of q(z_1 | x) = N(alpha x, sigma^2) from p(z_1) = N(0, alpha^2 + sigma^2), Eq. (3.6): x (B, ...) -> (B,) in nats.
+    """KL of q(z_1 | x) = N(alpha x, sigma^2) from p(z_1) = N(0, alpha^2 + sigma^2), Eq. (3.6): (B, ...) -> (B,), nats.
 
-    With r^2 = alpha^2 + sigma^2 it is 1/2 (sigma^2 / r^2 + alpha^2 x^2 / r^2 - 1 - log(sigma^2 / r^2)), and alpha^2 / r^2 is
-    sigmoid(logsnr) for every schedule.
+    With r^2 = alpha^2 + sigma^2 it is 1/2 (sigma^2 / r^2 + alpha^2 x^2 / r^2 - 1 - log(sigma^2 / r^2)), and
+    alpha^2 / r^2 is sigmoid(logsnr) for every schedule.
     """
     logsnr = x.new_tensor(schedule.ends(t_min)[0])
     return nats(0.5 * (torch.sigmoid(logsnr) * (x**2 - 1) + torch.nn.functional.softplus(logsnr)))
@@ -54,7 +57,7 @@ def gaussian(x, eps, logsnr):
 
 
 def log_prob_level(x, mean, std):
-    """Log-probability that N(mean, std^2) falls on the grey level x, one of 256 in [-1, 1]; all broadcastable -> x's shape.
+    """Log-probability that N(mean, std^2) falls on the grey level x, one of 256 in [-1, 1]; broadcastable -> x's shape.
 
     The bins are 2 / 255 wide, and those of black and white reach to infinity, so that the 256 probabilities sum to 1:
     Foundations 3.2.4, Algorithm 2, with x itself in its tests (ERRATA.md, entry 14).
@@ -77,12 +80,13 @@ def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, un
           stabiliser=0.0, generator=None):
     """The bound on -log p(x) for each example, Eq. (3.6), VDM 3.60: x (B, ...) -> dict of (B,) in nats.
 
-    "prior", "reconstruction" and "diffusion" sum to the bound; "error" is the standard error of the last over its draws of t
-    and noise. steps: T of the discrete bound, Eq. (3.18); None is continuous time, Eq. (3.20), with t from `losses.draw_t`.
+    "prior", "reconstruction", "diffusion" sum to the bound; "error" is the standard error of the last over draws of t
+    and noise. steps: T of the discrete bound, Eq. (3.18); None: continuous time, Eq. (3.20), t from `losses.draw_t`.
     """
     objective, dimensions = dict(target=target, schedule=schedule, stabiliser=stabiliser), x[0].numel()
     if steps is None:
-        t, importance = losses.draw_t((draws, len(x)), schedule, t_min, "uniform" if uniform == "t" else uniform, generator, x.dtype)
+        t, importance = losses.draw_t((draws, len(x)), schedule, t_min, "uniform" if uniform == "t" else uniform,
+                                      generator, x.dtype)
     else:
         u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype)
         i = (u * steps).long().clamp(max=steps - 1) + 1
@@ -94,23 +98,24 @@ def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, un
             integral = (1 - 2 * t_min) * importance[k] * losses.loss(model, x, t[k], eps, loss="nelbo", **objective)
             diffusion.append(dimensions * integral)
         else:
-            diffusion.append(dimensions * losses.discrete_loss(model, x, i[k], eps, steps=steps, t_min=t_min, **objective))
+            diffusion.append(dimensions * losses.discrete_loss(
+                model, x, i[k], eps, steps=steps, t_min=t_min, **objective))
         decoded.append(reconstruction(x, noise(), schedule.ends(t_min)[1]))
     diffusion = torch.stack(diffusion)
-    return {"prior": prior(x, schedule, t_min), "reconstruction": torch.stack(decoded).mean(0), "diffusion": diffusion.mean(0),
-            "error": diffusion.std(0) / draws**0.5}
+    return {"prior": prior(x, schedule, t_min), "reconstruction": torch.stack(decoded).mean(0),
+            "diffusion": diffusion.mean(0), "error": diffusion.std(0) / draws**0.5}
 
 
 def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, probes=None, t_min=1e-3, stabiliser=0.0,
                    generator=None):
     r"""Exact log-density of data under the probability flow ODE (Song et al. 2021, Eq. 39): x (B, ...) -> (B,) in nats.
 
-    log p(x) = log N(z_1; 0, alpha^2 + sigma^2) + integral of the divergence of dz/dt over t, from z_0 = alpha x at t_min to
-    z_1 at 1 - t_min, + D log alpha of t_min, as z_0 is alpha times x. Returns it and the number of evaluations of the network.
-    steps: of the classical Runge-Kutta method, four evaluations each, equal in log-SNR because what a network gets wrong near
-    the ends is multiplied by dlogsnr/dt; tolerance: adaptive ones instead, scipy's RK45, relative and absolute.
-    probes: None is the exact divergence, one backward pass for each dimension; a number is Hutchinson's unbiased estimate with so
-    many random signs, the same at every t. Raises ValueError if the flow is not finite or the tolerance cannot be reached.
+    log p(x) = log N(z_1; 0, alpha^2 + sigma^2) + integral of the divergence of dz/dt over t, from z_0 = alpha x at
+    t_min to z_1 at 1 - t_min, + D log alpha of t_min, as z_0 is alpha times x. Returns it and the number of evaluations
+    of the network. steps: of the classical Runge-Kutta method, four evaluations each, equal in log-SNR because what a
+    network gets wrong near the ends is multiplied by dlogsnr/dt; tolerance: adaptive ones, scipy's RK45, relative and
+    absolute. probes: None is the exact divergence, one backward pass for each dimension; a number is Hutchinson's
+    estimate with so many random signs, the same at every t. ValueError: flow not finite, or tolerance not reached.
     """
     denoise, dimensions, evaluations = samplers.denoiser(model, target, schedule, stabiliser), x[0].numel(), 0
     like = dict(device=x.device, dtype=x.dtype)
@@ -141,7 +146,8 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
         solution = solve_ivp(lambda t, state: numbers(slope(t, tensor(state))), (t_min, 1 - t_min), numbers(state),
                              rtol=tolerance, atol=tolerance, t_eval=[1 - t_min])
         if not solution.success:
-            raise ValueError(f"its flow cannot be integrated to {tolerance:g} - make --tolerance larger, or leave it out")
+            raise ValueError(f"its flow cannot be integrated to {tolerance:g} - "
+                             "make --tolerance larger, or leave it out")
         state = tensor(solution.y)
     else:
         times = samplers.uniform_logsnr(steps + 1, schedule, t_min, dtype=torch.float64).tolist()[::-1]
@@ -157,17 +163,18 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
     return log_p + state[:, -1] + dimensions * schedule.alpha(start).log(), evaluations
 
 
-def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=None, ode_steps=64, tolerance=None, probes=None,
-             t_min=1e-3, batch_size=5000, generator=None, progress=lambda done: None):
-    """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network for the ODE.
+def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=None, ode_steps=64, tolerance=None,
+             probes=None, t_min=1e-3, batch_size=5000, generator=None, progress=lambda done: None):
+    """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
-    x: points (n, 2), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first num_ode
-    of them (all); draws and steps are those of `bound`, ode_steps, tolerance and probes of `log_likelihood`. Images have a
-    density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255), the bins'
-    width: on average it is not below -log P(x) (Theis et al. 2016).
+    x: points (n, 2), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
+    num_ode of them (all); draws, steps are those of `bound`, ode_steps, tolerance, probes of `log_likelihood`. Images
+    have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255),
+    the bins' width: on average it is not below -log P(x) (Theis et al. 2016).
     """
     data, objective = x.ndim > 2, losses.objective(config)
-    shared = {key: objective[key] for key in ("target", "schedule", "stabiliser")} | dict(t_min=t_min, generator=generator)
+    shared = ({key: objective[key] for key in ("target", "schedule", "stabiliser")}
+              | dict(t_min=t_min, generator=generator))
     parts, num_ode = [], len(x) if num_ode is None else num_ode
     for i, rows in zip(range(0, len(x), batch_size), x.split(batch_size)):
         part = bound(model, rows, steps=steps, uniform=uniform, draws=draws, **shared,
@@ -176,7 +183,8 @@ def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=N
         if len(rows):
             if data:
                 rows = rows + (2 * torch.rand(rows.shape, generator=generator, device=x.device) - 1) / 255
-            log_p, part["evaluations"] = log_likelihood(model, rows, steps=ode_steps, tolerance=tolerance, probes=probes, **shared)
+            log_p, part["evaluations"] = log_likelihood(model, rows, steps=ode_steps, tolerance=tolerance,
+                                                        probes=probes, **shared)
             part["exact"] = -log_p - (rows[0].numel() * math.log(2 / 255) if data else 0)
         parts.append(part)
         progress(min(i + batch_size, len(x)))
@@ -196,10 +204,11 @@ def mean_and_error(c):
 def report(one, terms, args, **facts):
     """Print the terms of a Run -> what is in likelihood.json."""
     n, dimensions, config = len(terms["bound"]), math.prod(one.config.get("shape", [2])), one.config
-    result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions, steps=args.steps,
-                  uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance, t_min=args.t_min, seed=args.seed, **facts)
-    print(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}, {facts['seconds']:.1f} s on {facts['device']}\n"
-          f"{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
+    result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions,
+                  steps=args.steps, uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance,
+                  t_min=args.t_min, seed=args.seed, **facts)
+    print(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}, "
+          f"{facts['seconds']:.1f} s on {facts['device']}\n{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
 
     def line(name, values, note=""):
         mean, error = result[name] = mean_and_error(values)
@@ -207,10 +216,12 @@ def report(one, terms, args, **facts):
         print(f"{name:20s} {mean:10.4f} {error:9.4f} {bits * mean:10.4f} {bits * error:9.4f}   {note}")
     line("prior", terms["prior"])
     line("reconstruction", terms["reconstruction"])
-    line("diffusion", terms["diffusion"], f"of the error at most {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
+    line("diffusion", terms["diffusion"],
+         f"at most {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
     line("bound", terms["bound"], "the sum" if args.steps is None else f"the sum, T = {args.steps}")
     if "exact" in terms:
-        line("exact", terms["exact"], f"probability flow ODE, {facts['evaluations']} function evaluations, {result['n_exact']:,} of them")
+        line("exact", terms["exact"], f"flow, {facts['evaluations']} function evaluations, "
+                                      f"{result['n_exact']:,} {settings.kind(config)}")
     surprise = one.kind.surprise(config)
     if surprise is not None:
         line("entropy", surprise, f"of the data, {len(surprise):,} {settings.kind(config)}")
@@ -227,21 +238,29 @@ def parse(argv):
                                      usage="python likelihood.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--num", type=settings.number(int, 2, 10**9), help="test examples (points: 10000, images: 500)")
-    parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49), default=1e-3, help="where z_0 and z_1 are (0.001)")
+    parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49), default=1e-3,
+                        help="where z_0 and z_1 are (0.001)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of t and noise (0)")
-    parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9), help="examples at once (points: 5000, images: 50)")
-    parser.add_argument("--data-dir", default="data", help="where the named sets of images are, or are downloaded to (data)")
+    parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9),
+                        help="examples at once (points: 5000, images: 50)")
+    parser.add_argument("--data-dir", default="data", help="where the named datasets are, or are downloaded to (data)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("bound")
-    group.add_argument("--draws", type=settings.number(int, 2, 10**6), help="of t and noise for each example (points: 100, images: 16)")
+    group.add_argument("--draws", type=settings.number(int, 2, 10**6),
+                       help="of t and noise for each example (points: 100, images: 16)")
     group.add_argument("--steps", type=settings.number(int, 1, 10**6), help="T of the discrete bound (continuous time)")
-    group.add_argument("--uniform", choices=["logsnr", "t"], default="logsnr", help="what is drawn uniformly in continuous time (logsnr)")
+    group.add_argument("--uniform", choices=["logsnr", "t"], default="logsnr",
+                       help="what is drawn uniformly in continuous time (logsnr)")
     group = parser.add_argument_group("probability flow ODE")
-    group.add_argument("--num-ode", type=settings.number(int, 0, 10**9), help="examples, 0 is none (points: all, images: 16)")
-    group.add_argument("--ode-steps", type=settings.number(int, 1, 10**6), default=64, help="of 4 evaluations each (64)")
+    group.add_argument("--num-ode", type=settings.number(int, 0, 10**9),
+                       help="examples, 0 is none (points: all, images: 16)")
+    group.add_argument("--ode-steps", type=settings.number(int, 1, 10**6), default=64,
+                       help="of 4 evaluations each (64)")
     group.add_argument("--tolerance", type=settings.number(float, 1e-12, 1), help="adaptive steps instead")
-    group.add_argument("--probes", type=settings.number(int, 1, 10**6), help="of Hutchinson's divergence (points: exact, images: 1)")
-    parser.add_argument("--out", help="folder for the result (the run's folder), with one in it for each of several runs")
+    group.add_argument("--probes", type=settings.number(int, 1, 10**6),
+                       help="of Hutchinson's divergence (points: exact, images: 1)")
+    parser.add_argument("--out",
+                        help="folder for the result (the run's folder), with one in it for each of several runs")
     args = parser.parse_args(argv)
     if args.num_ode == 1:
         parser.error("--num-ode must be 0 or at least 2: one example has no error")
@@ -256,16 +275,19 @@ def main(argv=None):
     for one, out in chosen:
         x, start = one.kind.test_examples(one.config, args.num, device, args.data_dir), time.perf_counter()
         if len(x) < 2:
-            raise SystemExit(f"{one.config['data']} has one test image, and a mean with its error needs two - add some to its test split")
+            raise SystemExit(f"{one.config['data']} has one test image, and a mean with its error needs two - "
+                             "add some to its test split")
 
         def progress(done):
-            seconds = time.perf_counter() - start                                               # noqa: B023 - called in this turn
-            print(f"{done:,} of {len(x):,} examples, {seconds / done * (len(x) - done):.0f} s left", flush=True)    # noqa: B023
+            seconds = time.perf_counter() - start                                   # noqa: B023 - called in this turn
+            print(f"{done:,} of {len(x):,} examples, "                              # noqa: B023
+                  f"{seconds / done * (len(x) - done):.0f} s left", flush=True)     # noqa: B023
         try:
             with run.enough_memory("a smaller --batch-size"):
-                terms, evaluations = evaluate(one.model(device).to(x.dtype), x, one.config, args.draws, args.steps, args.uniform,
-                                              args.num_ode, args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
-                                              run.generator(device, args.seed, "likelihood"), progress)
+                terms, evaluations = evaluate(
+                    one.model(device).to(x.dtype), x, one.config, args.draws, args.steps, args.uniform, args.num_ode,
+                    args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
+                    run.generator(device, args.seed, "likelihood"), progress)
         except ValueError as error:
             raise SystemExit(f"{one.folder}: {error}") from None
         result = report(one, terms, args, draws=args.draws, probes=args.probes, evaluations=evaluations,

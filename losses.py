@@ -2,12 +2,14 @@ r"""How errors are weighed: weighted loss, rescaled loss, NELBO (Eq. 3.13 - 3.64
 
 Read `ddpm.py` and `targets.py` first. A loss is one weight as a function of t for each target:
 
-    loss = E_{x, eps, t} [ weight(t) * mean over dimensions of (y_hat - y)^2 ],    t ~ U(t_min, 1 - t_min)
+    loss = E_{x, eps, t} [ weight(t) * mean over dimensions of (y_hat - y)^2 ]
 
-The weight multiplies each sample's error, inside the expectation: as a factor on the mean, as (3.13) and (3.62) are
-printed, it would be another number. Errors are means over dimensions, so a NELBO is in nats per dimension.
+with t ~ U(t_min, 1 - t_min). The weight multiplies each sample's error, inside the expectation:
+as a factor on the mean, as (3.13) and (3.62) are printed, it would be another number. Errors are
+means over dimensions, so a NELBO is in nats per dimension.
 
-Not here: prior and reconstruction terms of the bound (Eq. 3.6); the losses here are its diffusion term.
+Not here: prior and reconstruction terms of the bound (Eq. 3.6); the losses here are its diffusion
+term.
 
     python losses.py      # the weight of every loss and target over t
 """
@@ -20,23 +22,25 @@ STABLE_D = 0.01        # the thesis's stabiliser, inferred from its Table 4.1: E
 
 
 def mse(target, alpha, sigma, det, dlogsnr):
-    """Weighted loss, the plain mean squared error of the target: Eq. (3.24), (3.27), (3.52), (3.61)."""
+    """Weighted loss, the plain squared error of the target: Eq. (3.24), (3.27), (3.52), (3.61)."""
     return torch.ones_like(det)
 
 
 def rescaled(target, alpha, sigma, det, dlogsnr):
     """Rescaled loss, the error of x_hat whatever is predicted: Eq. (3.62) - (3.64).
 
-    (sigma / det)^2 is 1 for x, sigma^2 / alpha^2 for eps, sigma^2 for v (alpha^2 + sigma^2 = 1), sigma^4 / alpha^2 for s.
+    (sigma / det)^2 is 1 for x, sigma^2 / alpha^2 for eps, sigma^2 for v (alpha^2 + sigma^2 = 1),
+    sigma^4 / alpha^2 for s.
     """
     return (sigma / det)**2
 
 
 def nelbo(target, alpha, sigma, det, dlogsnr):
-    """NELBO: -1/2 SNR'(t) on the error of x_hat, Eq. (3.20), which is -1/2 dlogsnr/dt on that of eps_hat, Eq. (3.26).
+    """NELBO: -1/2 SNR'(t) on the error of x_hat, Eq. (3.20).
 
-    SNR' = SNR dlogsnr and alpha^2 = SNR sigma^2, so this is -1/2 SNR' (sigma / det)^2. The rows of Table 3.2, which are
-    twice this (ERRATA.md entry 3), for alpha^2 + sigma^2 = 1:
+    That is -1/2 dlogsnr/dt on the error of eps_hat, Eq. (3.26). SNR' = SNR dlogsnr and
+    alpha^2 = SNR sigma^2, so it is -1/2 SNR' (sigma / det)^2 for any target. The rows of
+    Table 3.2, which are twice this (ERRATA.md entry 3), for alpha^2 + sigma^2 = 1:
         x    det = -sigma           -SNR'                      (3.21)
         eps  det = alpha            -SNR' / SNR                (3.26)
         s    det = -alpha / sigma   -SNR' sigma^4 / alpha^2    (3.51)
@@ -46,14 +50,16 @@ def nelbo(target, alpha, sigma, det, dlogsnr):
 
 
 def nelbo_stable(target, alpha, sigma, det, dlogsnr):
-    """The weights that explain the thesis's NELBO column (ERRATA.md entry 8): nelbo / pi, d in the denominator.
+    """The weights that explain the thesis's NELBO column (ERRATA.md entry 8).
 
-    Four different functionals, comparable with the thesis's Table 4.1 and not with each other. For x, eps, v and s.
+    They are nelbo / pi with d in the denominator: four different functionals, comparable with the
+    thesis's Table 4.1 and not with each other. For x, eps, v and s.
     """
     rows = {"x": alpha / (sigma**3 + STABLE_D), "eps": 1 / (alpha * sigma + STABLE_D),
             "v": alpha / (sigma + STABLE_D),    "s": sigma / (alpha + STABLE_D)}
     if target not in rows:
-        raise ValueError(f"nelbo_stable has no weight for target {target!r}: choose from {', '.join(rows)}")
+        raise ValueError(f"nelbo_stable has no weight for target {target!r}: "
+                         f"choose from {', '.join(rows)}")
     return rows[target]
 
 
@@ -61,7 +67,10 @@ LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelb
 
 
 def weight(loss, target, t, schedule, stabiliser=0.0):
-    """Weight of the target's squared error at time t: (B,) -> (B,). Raises ValueError for an unknown loss or target."""
+    """Weight of the target's squared error at time t: (B,) -> (B,).
+
+    Raises ValueError for an unknown loss or target.
+    """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -71,57 +80,68 @@ def weight(loss, target, t, schedule, stabiliser=0.0):
 
 def objective(config):
     """The arguments of `loss` besides model and data, from the config of a run."""
-    return dict(target=config["target"], loss=config["loss"], schedule=ddpm.SCHEDULES[config["schedule"]],
+    return dict(target=config["target"],
+                loss=config["loss"], schedule=ddpm.SCHEDULES[config["schedule"]],
                 stabiliser=config["stabiliser"])
 
 
 def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0):
-    """The weighted regression that training is: inputs z (and t), targets y, weights w. x, eps (B, ...), t (B,).
+    """The weighted regression that training is: inputs z (and t), targets y, weights w.
 
-    z = alpha x + sigma eps and y = a x + b eps are (B, ...), w is (B,): the same for every network, so that training
-    computes them for many batches at once.
+    x, eps, z = alpha x + sigma eps and y = a x + b eps are (B, ...), t and w are (B,). They are
+    the same for every network, so that training computes them for many batches at once.
     """
     alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
     a, b = targets.coefficients(target, alpha, sigma, stabiliser)
-    return ddpm.q_sample(x, t, eps, schedule), a * x + b * eps, weight(loss, target, t, schedule, stabiliser)
+    return (ddpm.q_sample(x, t, eps, schedule),
+            a * x + b * eps, weight(loss, target, t, schedule, stabiliser))
 
 
 def weighted_error(y_hat, y, w):
-    """w times the squared error of a prediction, a mean over dimensions: y_hat, y (B, ...), w (B,) -> (B,)."""
-    assert y_hat.shape == y.shape, f"the model returned {tuple(y_hat.shape)}, the target is {tuple(y.shape)}"
+    """w times the squared error of a prediction, a mean over dimensions.
+
+    y_hat, y (B, ...), w (B,) -> (B,).
+    """
+    assert y_hat.shape == y.shape, (f"the model returned {tuple(y_hat.shape)}, "
+                                    f"the target is {tuple(y.shape)}")
     return w * (y_hat - y).square().flatten(1).mean(1)
 
 
 def loss(model, x, t, eps, *, target, loss, schedule, stabiliser=0.0):
-    """Weighted squared error of each sample, a mean over dimensions: x, eps (B, ...), t (B,) -> (B,).
+    """Weighted squared error of each sample, a mean over dimensions: x, eps (B, ...), t -> (B,).
 
-    model(z, t) -> prediction of `target`, of z's shape. The mean over the batch is the loss; for `nelbo` it is the
-    diffusion term of the bound in nats per dimension, divided by the length 1 - 2 t_min of the range of t.
+    model(z, t) -> prediction of `target`, of z's shape. The mean over the batch is the loss; for
+    `nelbo` it is the diffusion term of the bound in nats per dimension, divided by the length
+    1 - 2 t_min of the range of t.
     """
-    z, y, w = regression(x, t, eps, target=target, loss=loss, schedule=schedule, stabiliser=stabiliser)
+    z, y, w = regression(x, t, eps, target=target, loss=loss, schedule=schedule,
+                         stabiliser=stabiliser)
     return weighted_error(model(z, t), y, w)
 
 
 def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stabiliser=0.0):
-    """Diffusion loss L_T of T = steps, Eq. (3.18), one term i of its sum for each sample, times T. -> (B,).
+    """Diffusion loss L_T of T = steps, Eq. (3.18): one term i of its sum for each sample, times T.
 
-    x, eps (B, ...), i (B,) integers in 1..steps, uniform. The mean over the batch estimates L_T / D in nats per
-    dimension on the grid t_i = t_min + (1 - 2 t_min) i / T, and tends to (1 - 2 t_min) times the mean of the
-    continuous `nelbo` loss as T grows, from above, Eq. (3.19) - (3.20). Written on the error of eps_hat, as VDM A.37.
+    x, eps (B, ...), i (B,) integers in 1..steps, uniform -> (B,). The mean over the batch
+    estimates L_T / D in nats per dimension on the grid t_i = t_min + (1 - 2 t_min) i / T, and
+    tends to (1 - 2 t_min) times the mean of the continuous `nelbo` loss as T grows, from above,
+    Eq. (3.19) - (3.20). Written on the error of eps_hat, as VDM A.37.
     """
     s = t_min + (1 - 2 * t_min) * (i.to(x) - 1) / steps
     t = t_min + (1 - 2 * t_min) * i.to(x) / steps
     z = ddpm.q_sample(x, t, eps, schedule)
     alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
     eps_hat = targets.to_eps(target, model(z, t), z, alpha, sigma, stabiliser)
-    snr_ratio_minus_1 = torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))  # expm1: SNR(s) / SNR(t) is near 1
+    # expm1: SNR(s) / SNR(t) is near 1
+    snr_ratio_minus_1 = torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))
     return weighted_error(eps_hat, eps, steps / 2 * snr_ratio_minus_1)
 
 
 def over_t(errors, t, t_min=1e-3, bins=20, importance=None):
-    """Mean error in each of `bins` equal pieces of [t_min, 1 - t_min]: errors, t (..., n) -> (..., bins).
+    """Mean error in each of `bins` equal pieces of [t_min, 1 - t_min].
 
-    importance (..., n): that of `draw_t`, which the errors have as a factor; None where t is uniform.
+    errors, t (..., n) -> (..., bins). importance (..., n): that of `draw_t`, which the errors
+    have as a factor; None where t is uniform.
     """
     k = ((t - t_min) / (1 - 2 * t_min) * bins).long().clamp(0, bins - 1)
     zeros = errors.new_zeros(*errors.shape[:-1], bins)
@@ -130,10 +150,11 @@ def over_t(errors, t, t_min=1e-3, bins=20, importance=None):
 
 
 def sample_t(shape, t_min=1e-3, generator=None, dtype=torch.float32):
-    """Draw t ~ U(t_min, 1 - t_min), stratified over the batch: one uniform draw u, t_i from (u + i / B) mod 1.
+    """Draw t ~ U(t_min, 1 - t_min), stratified over the batch.
 
-    Shape (B,), or (..., B) for independent batches. Each t alone is uniform, and together those of a batch cover the
-    range evenly: the loss has the same mean and less variance (Kingma et al. 2021).
+    One uniform draw u, and t_i from (u + i / B) mod 1. Shape (B,), or (..., B) for independent
+    batches. Each t alone is uniform, and together those of a batch cover the range evenly: the
+    loss has the same mean and less variance (Kingma et al. 2021).
     """
     device = generator.device if generator is not None else "cpu"
     u = torch.rand((*shape[:-1], 1), generator=generator, device=device, dtype=dtype)
@@ -145,11 +166,12 @@ T_DENSITIES = "uniform", "logsnr"
 
 
 def draw_t(shape, schedule, t_min=1e-3, density="uniform", generator=None, dtype=torch.float32):
-    """Draw t with t itself or log-SNR uniform between t_min and 1 - t_min -> t, its importance, both of `shape`.
+    """Draw t with t itself or log-SNR uniform between t_min and 1 - t_min -> t, its importance.
 
-    The importance is 1 / (p(t) (1 - 2 t_min)): a mean of anything times it is the mean over t uniform, whatever the density p.
-    With log-SNR uniform and the loss `nelbo` weight times importance is a constant on the squared error of eps_hat, and most of
-    the loss's variance is gone (VDM 4.6, Eq. 4.123). Stratified over the last axis, see `sample_t`.
+    Both are of `shape`. The importance is 1 / (p(t) (1 - 2 t_min)): a mean of anything times it
+    is the mean over t uniform, whatever the density p. With log-SNR uniform and the loss `nelbo`
+    weight times importance is a constant on the squared error of eps_hat, and most of the loss's
+    variance is gone (VDM 4.6, Eq. 4.123). Stratified over the last axis, see `sample_t`.
     """
     if density not in T_DENSITIES:
         raise ValueError(f"unknown density of t {density!r}: choose from {', '.join(T_DENSITIES)}")
@@ -167,4 +189,5 @@ if __name__ == "__main__":
     print(f"{'cosine schedule, t =':20s} {row(t)}")
     for name in LOSSES:
         for target in "x", "eps", "v", "s":
-            print(f"{name:13s} {target:6s} {row(weight(name, target, t, ddpm.SCHEDULES['cosine']))}")
+            print(f"{name:13s} {target:6s} "
+                  f"{row(weight(name, target, t, ddpm.SCHEDULES['cosine']))}")

@@ -1,4 +1,4 @@
-r"""How good samples are: mean, covariance and sliced Wasserstein distance and their floor, log-density (thesis 4.3.1), FID (4.3.2).
+r"""How good samples are: distances of points and their floor, log-density (thesis 4.3.1), FID of images (4.3.2).
 
 Read `datasets2d.py` first. Two finite samples of one distribution already differ: with 10,000 points against 50,000 the
 mean distance is about 0.014. That is the floor; a result at the floor is as good as this metric can tell.
@@ -36,25 +36,27 @@ def covariance(x):
 
 
 def covariance_distance(x, y):
-    """Frobenius norm of the difference of the covariances of x (n, D) and y (m, D), Eq. (4.5), in data units^2 -> ()."""
+    """Frobenius norm of the difference of the covariances of x (n, D) and y (m, D), Eq. (4.5), in data units^2: ()."""
     return (covariance(x) - covariance(y)).norm()
 
 
 def sliced_wasserstein(x, y, directions=20):
-    """Sliced Wasserstein distance of order 2 of points x (n, 2) and y (m, 2), in data units -> () (Bonneel et al. 2015).
+    """Sliced Wasserstein distance of order 2 of points x (n, 2) and y (m, 2), in data units: () (Bonneel et al. 2015).
 
-    The root of the mean, over `directions` evenly spread over the half circle, of the squared Wasserstein distance of the
-    projections: the mean squared difference of their quantiles, exact if m is a multiple of n or n of m. It sees the whole shape.
+    The root of the mean, over `directions` evenly spread over the half circle, of the squared Wasserstein distance of
+    the projections: the mean squared difference of their quantiles, exact if m is a multiple of n or n of m. It sees
+    the whole shape.
     """
     angle = torch.arange(directions, device=x.device, dtype=x.dtype) / directions * math.pi
     u = torch.stack([angle.cos(), angle.sin()])                                             # (2, directions)
     size = max(len(x), len(y))
-    x, y = (p.T.contiguous().sort().values[:, torch.arange(size, device=p.device) * len(p) // size] for p in (x @ u, y @ u))
+    x, y = (p.T.contiguous().sort().values[:, torch.arange(size, device=p.device) * len(p) // size]
+            for p in (x @ u, y @ u))
     return (x - y).square().mean().sqrt()
 
 
 def log_density(dataset, x):
-    """Mean log-density of points x (n, 2) under the data set's exact density, in nats -> ().
+    """Mean log-density of points x (n, 2) under the dataset's exact density, in nats -> ().
 
     For samples as good as the data it is that of the data, minus the entropy; more means too sharp, less means off the
     data. It sees what two moments do not: a ring drawn too thin has the right mean and covariance.
@@ -66,7 +68,7 @@ DISTANCES = mean_distance, covariance_distance, sliced_wasserstein
 
 
 def floor(dataset, n, m, repetitions=20, generator=None):
-    """What the distances are between n and m points of the data set itself.
+    """What the distances are between n and m points of the dataset itself.
 
     Returns {name: (mean, std)} of the three distances over the repetitions, std with n - 1.
     """
@@ -88,8 +90,8 @@ def root(cov):
 def frechet_distance(mu_x, cov_x, mu_y, cov_y):
     """Squared Frechet distance of two Gaussians, means (D,) and covariances (D, D), in float64 -> (); Eq. (4.6).
 
-    With Sx = a a^T and Sy = b b^T the eigenvalues of Sx Sy other than 0 are those of (a^T b)(a^T b)^T: the trace of its root
-    is the sum of the singular values of a^T b.
+    With Sx = a a^T and Sy = b b^T the eigenvalues of Sx Sy other than 0 are those of (a^T b)(a^T b)^T: the trace of
+    its root is the sum of the singular values of a^T b.
     """
     mu_x, cov_x, mu_y, cov_y = (moment.cpu().double() for moment in (mu_x, cov_x, mu_y, cov_y))   # MPS has no float64
     # singular values: of a rank below D the eigenvalues' rounding, 1e-16, is 1e-8 each after the root
@@ -129,7 +131,7 @@ def inception(weights=None, device="cpu", dims=2048):
 
 @torch.no_grad()
 def features(images, model, batch_size=50):
-    """What the network says of images, uint8 (n, C, H, W) with C = 1 (grey) or 3 -> (n, dims), on the model's device."""
+    """What the network says of images, uint8 (n, C, H, W), C = 1 (grey) or 3 -> (n, dims), on the model's device."""
     assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3), images.shape
     device, result = next(model.parameters()).device, []
     for batch in tqdm(images.split(batch_size), desc="Inception", unit="batch", leave=False, disable=None):
@@ -166,13 +168,13 @@ def load_statistics(path, dims=2048):
         if mean.shape != (dims,) or cov.shape != (dims, dims) or not (mean.sum() + cov.sum()).isfinite():
             raise ValueError
     except Exception:                                                    # numpy raises many kinds
-        raise SystemExit(f"cannot read {path}: missing, damaged or not mu and sigma of {dims:,} features - give another, or "
-                         "delete it to have it made again") from None
+        raise SystemExit(f"cannot read {path}: missing, damaged or not mu and sigma of {dims:,} features - "
+                         "give another, or delete it to have it made again") from None
     return mean, cov, n
 
 
 def reference_statistics(path, make_images, model, batch_size=50):
-    """The statistics in the .npz file `path`; if there is none, those of make_images(), uint8 (n, C, H, W), written there.
+    """The statistics in the .npz file `path`; if there is none, those of make_images(), uint8 (n, C, H, W), kept there.
 
     pytorch-fid reads the file too. The file does not know its images or weights: one file for each set.
     """
@@ -192,25 +194,31 @@ def fid(x, y):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python metrics.py [A B] [options], see --help")
-    parser.add_argument("paths", nargs="*", metavar="A B", help="two sets of images: folders, or .npz of their statistics")
-    parser.add_argument("--inception-weights", metavar="PATH", help="local file of the network's weights (downloaded once)")
-    parser.add_argument("--dims", type=int, choices=[64, 192, 768, 2048], default=2048, help="features; of FID 2048 (2048)")
+    parser.add_argument("paths", nargs="*", metavar="A B",
+                        help="two sets of images: folders, or .npz of their statistics")
+    parser.add_argument("--inception-weights", metavar="PATH",
+                        help="local file of the network's weights (downloaded once)")
+    parser.add_argument("--dims", type=int, choices=[64, 192, 768, 2048], default=2048,
+                        help="features; of FID 2048 (2048)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     args = parser.parse_args(argv)
     if not args.paths:
         from datasets2d import DATASETS
         for name, dataset in DATASETS.items():
             distances = floor(dataset, 10_000, 50_000)
-            print(f"{name:11s} " + "  ".join(f"{key} {mean:.4f} +- {std:.4f}" for key, (mean, std) in distances.items()))
+            print(f"{name:11s} " + "  ".join(f"{key} {mean:.4f} +- {std:.4f}"
+                                             for key, (mean, std) in distances.items()))
         return
     if len(args.paths) != 2:
         parser.error("give two folders or .npz files for their FID, or none for the floors")
-    if not all(path.endswith(".npz") for path in args.paths):
-        from images import read_folder
-        model = inception(args.inception_weights, run.device(args.device), args.dims)
+    from images import read_folder
     with run.enough_memory("fewer images"):
-        x, y = (load_statistics(path, args.dims) if path.endswith(".npz") else statistics(read_folder(path), model)
-                for path in args.paths)
+        data = [load_statistics(path, args.dims) if path.endswith(".npz") else read_folder(path) for path in args.paths]
+        folders = [part for part in data if torch.is_tensor(part)]
+        for part in folders:
+            enough_images(len(part), args.dims)
+        model = inception(args.inception_weights, run.device(args.device), args.dims) if folders else None
+        x, y = (statistics(part, model) if torch.is_tensor(part) else part for part in data)
     a, b = (f"{path} (n = {n or 'not recorded'})" for path, (_, _, n) in zip(args.paths, (x, y)))
     print(f"FID {fid(x, y):.4f} of {a} and {b}, {args.dims} features")
 

@@ -15,32 +15,37 @@ import ddpm
 class MLP(nn.Module):
     """model(z, t) -> prediction. z (B, dim) and t (B,) are concatenated; returns (B, dim).
 
-    schedule: the one that made z, to divide z by its standard deviation where that is not 1 (`ddpm.standardise`).
-    members: M independent networks in one, each weight with a leading dimension M. The B rows then come in M equal blocks,
-    one for each network, and a layer is one batched product.
+    schedule: the one that made z, to divide z by its standard deviation where that is not 1
+    (`ddpm.standardise`).
+    members: M independent networks in one, each weight with a leading dimension M. The B rows
+    then come in M equal blocks, one for each network, and a layer is one batched product.
     """
 
     def __init__(self, dim=2, width=128, layers=7, schedule=None, members=1):
         super().__init__()
         sizes = [dim + 1] + [width] * (layers - 1) + [dim]
-        rows = [[nn.Linear(n_in, n_out) for _ in range(members)] for n_in, n_out in zip(sizes, sizes[1:])]
-        self.weights = nn.ParameterList(torch.stack([layer.weight.detach() for layer in row]) for row in rows)
-        self.biases = nn.ParameterList(torch.stack([layer.bias.detach()[None] for layer in row]) for row in rows)
+        rows = [[nn.Linear(n_in, n_out) for _ in range(members)]
+                for n_in, n_out in zip(sizes, sizes[1:])]
+        self.weights = nn.ParameterList(
+            torch.stack([layer.weight.detach() for layer in row]) for row in rows)
+        self.biases = nn.ParameterList(
+            torch.stack([layer.bias.detach()[None] for layer in row]) for row in rows)
         self.members = members
         self.schedule = schedule
 
     def forward(self, z, t):
         z = ddpm.standardise(z, t, self.schedule)
-        h = torch.cat([z, t[:, None]], 1).unflatten(0, (self.members, -1))                  # (M, B / M, dim + 1)
+        h = torch.cat([z, t[:, None]], 1).unflatten(0, (self.members, -1))  # (M, B / M, dim + 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(bias, h, weight.mT)                                           # (M, B / M, width)
+            h = torch.baddbmm(bias, h, weight.mT)                           # (M, B / M, width)
             if i < len(self.weights) - 1:
                 h = h.relu_()
-        return h.flatten(0, 1)                                                              # (B, dim)
+        return h.flatten(0, 1)                                              # (B, dim)
 
 
 if __name__ == "__main__":
     model = MLP()
     for weight, bias in zip(model.weights, model.biases):
-        print(f"{weight.shape[2]:4d} -> {weight.shape[1]:3d}   {weight.numel() + bias.numel():6,} parameters")
+        print(f"{weight.shape[2]:4d} -> {weight.shape[1]:3d}   "
+              f"{weight.numel() + bias.numel():6,} parameters")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,7 +1,7 @@
 """The figures: one function a figure, written to a file. Never called from the training loop.
 
-Each target has one colour everywhere (Okabe and Ito's, safe for colour-blind readers); panels share their axes; a dashed
-line is the best possible.
+Each target has one colour everywhere (Okabe and Ito's, safe for colour-blind readers); panels share their axes; a
+dashed line is the best possible.
 """
 import io
 
@@ -121,8 +121,10 @@ def over_t(panels, label, path):
         for i, (name, target, values, best) in enumerate(curves):
             shades = len({curve[1] for curve in curves}) == 1
             t = (0.5 + np.arange(values.shape[1])) / values.shape[1]
-            band(ax, t, np.asarray(values), color=COLOURS[target], label=name, alpha=(i + 1) / len(curves) if shades else 1)
-            ax.plot(t, best, "--", color="black", linewidth=1, label="best possible" if shades and i + 1 == len(curves) else None)
+            band(ax, t, np.asarray(values), color=COLOURS[target], label=name,
+                 alpha=(i + 1) / len(curves) if shades else 1)
+            ax.plot(t, best, "--", color="black", linewidth=1,
+                    label="best possible" if shades and i + 1 == len(curves) else None)
         ax.set(yscale="log", xlabel="t", xticks=[0, 0.5, 1], title=title)
         ax.grid(alpha=0.3)
         if shades:
@@ -132,19 +134,22 @@ def over_t(panels, label, path):
 
 
 def over_evaluations(panels, label, path):
-    """A distance over function evaluations, log scales; the floor dotted, grey two standard errors of a mean of the seeds above it.
+    """A distance over function evaluations, log scales; the floor dotted.
 
+    In grey what is up to two standard errors of a mean of the seeds above it.
     panels: {(data, target): ({"mean", "std"} of the floor, {sampler: [(evaluations, values of the seeds)]})}.
     """
     columns, targets = (list(dict.fromkeys(names)) for names in zip(*panels))
-    fig, axes = plt.subplots(len(targets), len(columns), figsize=(11, 2.4 * len(targets) + 0.5), sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(len(targets), len(columns), figsize=(11, 2.4 * len(targets) + 0.5),
+                             sharex=True, sharey=True, squeeze=False)
     for (data, target), (floor, curves) in panels.items():
         ax = axes[targets.index(target), columns.index(data)]
         for (sampler, points), colour in zip(curves.items(), SAMPLER_COLOURS):
             band(ax, [n for n, _ in points], np.array([values for _, values in points]).T, color=colour, label=sampler)
         error = floor["std"] / len(points[0][1])**0.5
         ax.axhline(floor["mean"], color="grey", linestyle=":", label="floor")
-        ax.axhspan(floor["mean"], floor["mean"] + 2 * error, color="grey", alpha=0.3, linewidth=0, label="+ 2 standard errors")
+        ax.axhspan(floor["mean"], floor["mean"] + 2 * error, color="grey", alpha=0.3, linewidth=0,
+                   label="+ 2 standard errors")
         ax.set_xscale("log", base=2)
         ax.set(yscale="log", ylim=(3e-3, 3))
         ax.set_title(f"{data}, {target}", fontsize=9)

@@ -1,14 +1,14 @@
-"""Make the tables and figures of a document from real runs: trains what is missing, measures it once, keeps the numbers.
+"""Make the tables and figures of a document from real runs: train what is missing, measure once, keep the numbers.
 
     python reproduce.py table4.1                  # 240 networks: about two hours on 2 CPU cores
     python reproduce.py table4.1 --quick          # 20 epochs, 1 seed, 2,500 samples: a preview in minutes
     python reproduce.py all                       # but table4.2
     python reproduce.py steps --recorded          # from the numbers in results/*/runs.jsonl, without a network
-    python reproduce.py table4.2 --budget 60      # images, CIFAR-10: so many minutes of training on a GPU, then sampling
+    python reproduce.py table4.2 --budget 60      # images, CIFAR-10: so many minutes of training on a GPU, then samples
 
-Runs and their samples are kept under --runs and never made twice; an interrupted call goes on where it was. Results go to
-<out>/<document>/ with their index, index.md, and the numbers of every run that they used, runs.jsonl. What they show is
-written by hand, for the committed runs, in results/<document>/README.md.
+Runs and their samples are kept under --runs and never made twice; an interrupted call goes on where it was. Results go
+to <out>/<document>/ with their index, index.md, and the numbers of every run that they used, runs.jsonl. What they
+show is written by hand, for the committed runs, in results/<document>/README.md.
 """
 import argparse
 import json
@@ -51,16 +51,17 @@ def merged(records, used):
         before = lines.get(name, {})
         if before.get("config") != entry.get("config"):        # another run of that name
             before = {}
-        lines[name] = before | {part: before[part] | value if part != "config" and isinstance(value, dict) and part in before
-                                else value for part, value in entry.items()}
+        lines[name] = before | {
+            part: before[part] | value if part != "config" and isinstance(value, dict) and part in before else value
+            for part, value in entry.items()}
     return [lines[name] for name in sorted(lines)]
 
 
 def write_index(out):
     """index.md of a results folder from its index.json: file, what it is, command, time, machine."""
     index = json.loads((out / "index.json").read_text())
-    text = ["Seconds are those of the call that made the file, when networks and most of what it measures of them were there "
-            "already.", ""]
+    text = ["Seconds are those of the call that made the file, when networks and most of what it measures of them were "
+            "there already.", ""]
     for name, (_, _, title) in RESULTS.items():
         if name in index:
             file = f"{name}.{'md' if is_table(name) else 'png'}"
@@ -86,7 +87,8 @@ def make(name, args):
     else:
         function(study, out / f"{name}.png")
     if study.used:
-        run.write(out / "runs.jsonl", "".join(json.dumps(record) + "\n" for record in merged(records, study.used)).encode())
+        run.write(out / "runs.jsonl",
+                  "".join(json.dumps(record) + "\n" for record in merged(records, study.used)).encode())
     index = json.loads((out / "index.json").read_text()) if (out / "index.json").exists() else {}
     index[name] = dict(command=command, seconds=time.perf_counter() - start, where=where)
     run.write(out / "index.json", json.dumps(index, indent=1).encode())
@@ -105,13 +107,16 @@ def parse(argv):
     parser.add_argument("--epochs", type=settings.number(int, 1), default=100, help="of each run (100)")
     parser.add_argument("--num-samples", type=settings.number(int, 2000), default=10_000, help="of each run (10000)")
     parser.add_argument("--quick", action="store_true", help="--seeds 1 --epochs 20 --num-samples 2500")
-    parser.add_argument("--recorded", action="store_true", help="only use the numbers in runs.jsonl: train and measure nothing")
+    parser.add_argument("--recorded", action="store_true",
+                        help="only use the numbers in runs.jsonl: train and measure nothing")
     parser.add_argument("--runs", default="runs", help="folder of the runs (runs)")
-    parser.add_argument("--out", help="folder of the results (results; with other seeds, epochs or samples <runs>/results)")
+    parser.add_argument("--out", help="folder of the results (results; with other seeds, epochs or samples "
+                                      "<runs>/results)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("table4.2 (further options are handed to train.py, say --channels 32)")
     group.add_argument("--data", default="cifar10", type=train.data_name, help="images (cifar10)")
-    group.add_argument("--budget", type=settings.number(float, 0.01), default=60, help="minutes of training, all runs together (60)")
+    group.add_argument("--budget", type=settings.number(float, 0.01), default=60,
+                       help="minutes of training, all runs together (60)")
     group.add_argument("--data-dir", default="data", help="where the named datasets are, or are downloaded to (data)")
     group.add_argument("--inception-weights", metavar="PATH", help="local file of pytorch-fid's weights")
     args, args.more = parser.parse_known_args(argv)

@@ -1,6 +1,6 @@
-"""Results that no document has: likelihoods of every network beside the entropy, and the evaluations that each sampler needs.
+"""Results that no document has: every network's likelihood beside the entropy, and the evaluations each sampler needs.
 
-Functions of a `study.Study` return the lines of a table, functions of a Study and a path draw a figure. RESULTS has them all.
+Functions of a `study.Study` return the lines of a table, functions of a Study and a path draw a figure: see RESULTS.
 
 Not here: what they show; that is written in results/beyond/README.md for the committed runs.
 """
@@ -21,11 +21,12 @@ from datasets2d import DATASETS
 from study import DRAWS, ODE_STEPS, STEPS, TARGETS, cell, floor, gaps, rows
 
 FEW = [8, 16, 32]      # of them, where grids are compared
-SWEEPS = {"t": STEPS, "logsnr": STEPS[2:6], "karras": STEPS[2:6]}    # function evaluations; above 64 grids matter little
+SWEEPS = {"t": STEPS, "logsnr": STEPS[2:6], "karras": STEPS[2:6]}    # evaluations; above 64 grids matter little
 TWO = "covariance_distance", "sliced_wasserstein"
 # What networks were trained with, as the table calls it: recipe of study.py, loss, title
-TRAINED_WITH = [("stabilised", "mse", "`mse`"), ("stabilised", "nelbo_stable", "`nelbo_stable`"), ("exact", "nelbo", "`nelbo`"),
-                ("plain", "mse", "`mse`, exact"), ("logsnr", "nelbo", "`nelbo`, log-SNR")]
+TRAINED_WITH = [("stabilised", "mse", "`mse`"), ("stabilised", "nelbo_stable", "`nelbo_stable`"),
+                ("exact", "nelbo", "`nelbo`"), ("plain", "mse", "`mse`, exact"),
+                ("logsnr", "nelbo", "`nelbo`, log-SNR")]
 
 
 def likelihoods(study):
@@ -35,48 +36,54 @@ def likelihoods(study):
         results |= {(recipe, *key): found for key, found in study.likelihoods(study.trained(recipe)).items()}
     for data, target, (recipe, loss, title) in itertools.product(DATASETS, TARGETS, TRAINED_WITH):
         found = [results[recipe, data, target, loss, seed] for seed in range(args.seeds)]
-        column = lambda name: cell([result[name][0] for result in found])                       # noqa: B023 - called in this turn
+        column = lambda name: cell([result[name][0] for result in found])       # noqa: B023 - called in this turn
         for name, values in errors.items():
             values += [error for gap, error in (result[name] for result in found) if abs(gap) < 1]
-        lines.append([data, target, title, column("bound"), column("exact"), f"{found[0]['entropy'][0]:.3f}", column("bound gap"),
-                      column("exact gap"), cell([result["exact median"] for result in found])])
+        lines.append([data, target, title, column("bound"), column("exact"), f"{found[0]['entropy'][0]:.3f}",
+                      column("bound gap"), column("exact gap"), cell([result["exact median"] for result in found])])
     variances, g = {}, run.generator("cpu", "variance")
     for data, mixture in DATASETS.items():
         x, schedule = mixture.sample(500, g, torch.float64), ddpm.SCHEDULES["cosine"]
-        error_sq = [likelihood.bound(mixture.optimal_model("eps", schedule), x, target="eps", schedule=schedule, uniform=uniform,
-                                     draws=DRAWS, generator=g)["error"].square().mean().item() for uniform in ("t", "logsnr")]
+        error_sq = [likelihood.bound(mixture.optimal_model("eps", schedule), x, target="eps", schedule=schedule,
+                                     uniform=uniform, draws=DRAWS, generator=g)["error"].square().mean().item()
+                    for uniform in ("t", "logsnr")]
         variances[data] = error_sq[0] / error_sq[1]
     n = min(args.num_samples // 4, kind_points.POINTS)
-    text = rows(["data", "target", "trained with", "bound", "exact NLL", "entropy", "bound - entropy", "exact - entropy",
-                 "median over points"], lines)
+    text = rows(["data", "target", "trained with", "bound", "exact NLL", "entropy", "bound - entropy",
+                 "exact - entropy", "median over points"], lines)
     worst = {name: f"at most {max(values):.3f}" if values else "not small" for name, values in errors.items()}
-    lost = [f"{data} {recipe} `{loss}` {', '.join(str(results[recipe, data, 's', loss, seed].get('lost', '?')) for seed in range(args.seeds))}"
+    lost = [f"{data} {recipe} `{loss}` "
+            f"{', '.join(str(results[recipe, data, 's', loss, seed].get('lost', '?')) for seed in range(args.seeds))}"
             for data, (recipe, loss, _) in itertools.product(DATASETS, TRAINED_WITH)]
-    return text + [f"Nats (for two dimensions), the first {n:,} test points and their own entropy; {args.epochs} epochs, {args.seeds} "
-                   "seeds, mean +- standard deviation over them. The Monte Carlo error of a gap below 1 nat is "
-                   f"{worst['bound gap']} for the bound ({DRAWS} draws of t and noise a point) and {worst['exact gap']} for the flow "
-                   f"({ODE_STEPS} Runge-Kutta steps equal in log-SNR, float64). The bound is that of the ancestral model, the exact "
-                   "NLL that of the probability flow ODE: two models with one network, of which either may be the better. With t "
-                   "uniform in place of log-SNR the bound of the exact denoiser has "
-                   + ", ".join(f"{value:.0f} ({data})" for data, value in variances.items()) + " times the variance.", "",
-                   "`mse` and `nelbo_stable`: trained with t uniform in [1e-6, 1 - 1e-6] and d = 0.01. `nelbo`: t uniform in [0.001, "
-                   "0.999], d = 0. `mse`, exact: the same range with d = 0. `nelbo`, log-SNR: the same range, log-SNR uniform.", "",
+    return text + [f"Nats (for two dimensions), the first {n:,} test points and their own entropy; {args.epochs} "
+                   f"epochs, {args.seeds} seeds, mean +- standard deviation over them. The Monte Carlo error of a gap "
+                   f"below 1 nat is {worst['bound gap']} for the bound ({DRAWS} draws of t and noise a point) and "
+                   f"{worst['exact gap']} for the flow ({ODE_STEPS} Runge-Kutta steps equal in log-SNR, float64). The "
+                   "bound is that of the ancestral model, the exact NLL that of the probability flow ODE: two models "
+                   "with one network, of which either may be the better. With t uniform in place of log-SNR the bound "
+                   "of the exact denoiser has "
+                   + ", ".join(f"{value:.0f} ({data})" for data, value in variances.items())
+                   + " times the variance.", "",
+                   "`mse` and `nelbo_stable`: trained with t uniform in [1e-6, 1 - 1e-6] and d = 0.01. `nelbo`: t "
+                   "uniform in [0.001, 0.999], d = 0. `mse`, exact: the same range with d = 0. `nelbo`, log-SNR: the "
+                   "same range, log-SNR uniform.", "",
                    f"Points of {n:,} that lose more than 100 nats in the flow of s, seed by seed: {'; '.join(lost)}."]
 
 
 def swept(study):
-    """Samples of the runs with the weighted loss: {(sampler, grid, evaluations): {(data, target): metrics of the seeds}}."""
+    """Samples of the runs with the weighted loss -> {(sampler, grid, evaluations): {(data, target): [metrics]}}."""
     runs, results = study.trained("stabilised", ["mse"]), {}
     for (grid, numbers), sampler in itertools.product(SWEEPS.items(), samplers.SAMPLERS):
         for n in numbers:
             by_run = study.sampled(runs, n, sampler, grid)
-            results[sampler, grid, n] = {(data, target): [by_run[data, target, "mse", seed] for seed in range(study.args.seeds)]
-                                         for data, target in itertools.product(DATASETS, TARGETS)}
+            results[sampler, grid, n] = {
+                (data, target): [by_run[data, target, "mse", seed] for seed in range(study.args.seeds)]
+                for data, target in itertools.product(DATASETS, TARGETS)}
     return results
 
 
 def at_floor(results, name):
-    """Is the mean distance over the seeds at most that of data to data, plus two standard errors of a mean of so many?"""
+    """Is the mean distance over the seeds at most the floor, plus two standard errors of a mean of so many?"""
     floor = results[0][f"{name}_floor"]
     return statistics.mean(result[name] for result in results) <= floor["mean"] + 2 * floor["std"] / len(results)**0.5
 
@@ -93,35 +100,39 @@ def steps(study):
     real, lines = kind_points.load(dict(data="rings")), []
     for n in STEPS:
         columns = [results["ancestral", "t", n]["rings", target] for target in ("x", "v")]
-        exact = [samplers.sample(data.optimal_model("v", schedule), (args.num_samples, 2), n, target="v", schedule=schedule,
-                                 generator=run.generator(device, seed, "sample")).cpu() for seed in range(args.seeds)]
+        exact = [samplers.sample(data.optimal_model("v", schedule), (args.num_samples, 2), n, target="v",
+                                 schedule=schedule, generator=run.generator(device, seed, "sample")).cpu()
+                 for seed in range(args.seeds)]
         columns.append([{TWO[0]: metrics.covariance_distance(x, real).item(),
                          "log_density": metrics.log_density(data, x).item(),
                          "log_density_data": columns[0][0]["log_density_data"]} for x in exact])
         lines.append([str(n), *(cell([r[TWO[0]] for r in c]) for c in columns), *(cell(gaps(c)) for c in columns)])
     lines.append(["floor"] + 3 * [floor(columns[0][0], TWO[0])] + 3 * ["0"])
     text = ["**More ancestral steps: x and v on the rings**, beside the exact denoiser", ""]
-    text += rows(["steps", "covar. dist.: x", "v", "exact denoiser", "log-density gap: x", "v", "exact denoiser"], lines)
+    text += rows(["steps", "covar. dist.: x", "v", "exact denoiser", "log-density gap: x", "v", "exact denoiser"],
+                 lines)
 
     for grid, numbers in SWEEPS.items():
         lines = []
         for key in itertools.product(DATASETS, TARGETS):
             line = list(key)
             for sampler in samplers.SAMPLERS:
-                first = [next((str(n) for n in numbers if at_floor(results[sampler, grid, n][key], name)), "-") for name in TWO]
+                first = [next((str(n) for n in numbers if at_floor(results[sampler, grid, n][key], name)), "-")
+                         for name in TWO]
                 line.append(" / ".join(first))
             lines.append(line)
-        text += [f"**Evaluations until the floor, grid `{grid}`**, of {', '.join(map(str, numbers))}: covariance distance / sliced "
-                 "Wasserstein distance", ""] + rows(["data", "target", *samplers.SAMPLERS], lines)
+        text += [f"**Evaluations until the floor, grid `{grid}`**, of {', '.join(map(str, numbers))}: covariance "
+                 "distance / sliced Wasserstein distance", ""] + rows(["data", "target", *samplers.SAMPLERS], lines)
 
     lines = []
     for name in DATASETS:
         for sampler, grid, n in [("ancestral", "t", STEPS[-1]), *itertools.product(["dpmpp"], SWEEPS, FEW)]:
             found = results[sampler, grid, n][name, "v"]
-            lines.append([name, f"{sampler}, {grid}", str(n), *(cell([r[d] for r in found]) for d in TWO), cell(gaps(found))])
+            lines.append([name, f"{sampler}, {grid}", str(n), *(cell([r[d] for r in found]) for d in TWO),
+                          cell(gaps(found))])
         lines.append([name, "floor", "", *(floor(found[0], d) for d in TWO), "0"])
-    text += ["**v in few evaluations**", ""] + rows(["data", "sampler, grid", "evaluations", "covar. dist.", "sliced Wasserstein",
-                                                     "log-density gap"], lines)
+    text += ["**v in few evaluations**", ""] + rows(
+        ["data", "sampler, grid", "evaluations", "covar. dist.", "sliced Wasserstein", "log-density gap"], lines)
 
     lines = []
     for key in itertools.product(DATASETS, ("eps", "s")):
@@ -132,14 +143,16 @@ def steps(study):
 
     n, lines = SWEEPS["logsnr"][-1], []
     for key in itertools.product(DATASETS, TARGETS):
-        lines.append([*key, *(cell([r[TWO[1]] for r in results[sampler, "logsnr", n][key]]) for sampler in samplers.SAMPLERS),
+        lines.append([*key, *(cell([r[TWO[1]] for r in results[sampler, "logsnr", n][key]])
+                              for sampler in samplers.SAMPLERS),
                       floor(results["ancestral", "logsnr", n][key][0], TWO[1])])
     text += [f"**Every sampler on grid `logsnr`, {n} evaluations**: sliced Wasserstein distance", ""]
     text += rows(["data", "target", *samplers.SAMPLERS, "floor"], lines)
     return text + [f"Networks with `mse`, t in [1e-6, 1 - 1e-6], d = 0.01, {args.epochs} epochs, {args.seeds} seeds. "
-                   f"{args.num_samples:,} samples against 50,000 points of the data; mean +- standard deviation over the seeds. At the "
-                   "floor is a mean over the seeds of at most the floor plus two standard errors of such a mean, the floor's deviation "
-                   f"over the root of {args.seeds}; - is nowhere. `heun` takes one evaluation less than it says."]
+                   f"{args.num_samples:,} samples against 50,000 points of the data; mean +- standard deviation over "
+                   "the seeds. At the floor is a mean over the seeds of at most the floor plus two standard errors of "
+                   f"such a mean, the floor's deviation over the root of {args.seeds}; - is nowhere. `heun` takes one "
+                   "evaluation less than it says."]
 
 
 def over_evaluations(name):
@@ -159,18 +172,21 @@ def excess(study, path):
     runs, panels = study.trained("logsnr"), {}
     for data, target in itertools.product(DATASETS, TARGETS):
         keys = [(data, target, "nelbo", seed) for seed in range(study.args.seeds)]
-        values = np.array([study.curve(runs, key, "test_nelbo") for key in keys]) - runs[keys[0]].history[-1]["optimum_nelbo"]
+        values = (np.array([study.curve(runs, key, "test_nelbo") for key in keys])
+                  - runs[keys[0]].history[-1]["optimum_nelbo"])
         panels.setdefault(data, {})[target] = values, None
     plots.loss_curves({"exact NELBO above the best possible": panels}, path)
 
 
 RESULTS = {
-    "likelihood": (likelihoods, "variational bound and exact log-likelihood of every dataset, target and loss, beside the entropy"),
+    "likelihood": (likelihoods, "variational bound and exact log-likelihood of every dataset, target and loss, "
+                                "beside the entropy"),
     "nelbo":      (excess, "exact NELBO above the best possible over epochs, trained on it with log-SNR uniform"),
     "steps":      (steps, "how many function evaluations each sampler needs"),
-    "steps-covariance": (over_evaluations("covariance_distance"), "covariance distance over function evaluations, every dataset, "
-                         "target and sampler, grid t"),
-    "steps-wasserstein": (over_evaluations("sliced_wasserstein"), "sliced Wasserstein distance over function evaluations, every "
-                          "dataset, target and sampler, grid t"),
+    "steps-covariance": (over_evaluations("covariance_distance"),
+                         "covariance distance over function evaluations, every dataset, target and sampler, grid t"),
+    "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
+                          "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
+                          "grid t"),
 }
 TABLES = "likelihood", "steps"

@@ -1,6 +1,6 @@
-"""The thesis's tables and figures, those of points beside their optimum (Table 4.1, Fig. 3.2 - 4.14, the appendix; Table 4.2).
+"""The thesis's tables and figures, those of points beside their optimum: Table 4.1, 4.2, Fig. 3.2 - 4.14, appendix.
 
-Functions of a `study.Study` return the lines of a table, functions of a Study and a path draw a figure. RESULTS has them all.
+Functions of a `study.Study` return the lines of a table, functions of a Study and a path draw a figure: see RESULTS.
 
 Not here: what they show; that is written in results/thesis/README.md for the committed runs.
 """
@@ -45,13 +45,12 @@ THESIS = {(row.split()[0], row.split()[1]): [float(number) for number in row.spl
     waves      v    2.6873 0.0447 0.0738   0.9411 0.0131 0.0271
     waves      s    1.0210 0.0353 0.1369   3.4165 0.0178 0.1676""".splitlines()}
 
-
 # Thesis, Table 4.2: NELBO and its FID, weighted loss and its FID.
 THESIS_IMAGES = {"x": (0.09, 13.54, 0.05, 16.96), "eps": (0.84, 24.26, 0.06, 13.75), "v": (0.86, 18.18, 0.12, 18.24)}
 
 
 def agreement(deviations):
-    """How many test losses are the thesis's, and which are not. deviations: {(data, target, loss): ours / thesis - 1}."""
+    """How many test losses are the thesis's, and which not. deviations: {(data, target, loss): ours / thesis - 1}."""
     far = [f"{' '.join(key)} {100 * value:+.1f} %" for key, value in deviations.items() if abs(value) > 0.05]
     return [f"{len(deviations) - len(far)} of {len(deviations)} test losses lie within 5 % of the thesis's"
             + (f"; the others: {', '.join(far)}" if 0 < len(far) < 5 else "") + ".", ""]
@@ -68,33 +67,36 @@ def table4_1(study):
         for (data, target), thesis in THESIS.items():
             keys = [(data, target, loss, seed) for seed in seeds]
             made, last = [results[key] for key in keys], [stabilised[key].history[-1] for key in keys]
-            line = [data, target, f"{thesis[column]:.3f}", cell([h["test_loss"] for h in last]), f"{last[0]['optimum']:.3f}"]
+            line = [data, target, f"{thesis[column]:.3f}", cell([h["test_loss"] for h in last]),
+                    f"{last[0]['optimum']:.3f}"]
             for name, value in zip(DISTANCES, thesis[column + 1:]):
                 line += [f"{value:.3f}", cell([r[name] for r in made]), floor(made[0], name)]
             lines.append([*line, cell(gaps(made))])
-        text += [f"**{title}**", ""] + rows(["data", "target", "test loss: thesis", "ours", "best possible", "mean dist.: thesis",
-                                             "ours", "floor", "covar. dist.: thesis", "ours", "floor", "log-density gap"], lines)
-    text += agreement({(data, target, loss): statistics.mean(stabilised[data, target, loss, seed].history[-1]["test_loss"]
-                                                             for seed in seeds) / THESIS[data, target][column] - 1
-                       for data, target in THESIS for loss, column in (("nelbo_stable", 0), ("mse", 3))})
+        text += [f"**{title}**", ""] + rows(
+            ["data", "target", "test loss: thesis", "ours", "best possible", "mean dist.: thesis", "ours", "floor",
+             "covar. dist.: thesis", "ours", "floor", "log-density gap"], lines)
+    text += agreement({
+        (data, target, loss): statistics.mean(stabilised[data, target, loss, seed].history[-1]["test_loss"]
+                                              for seed in seeds) / THESIS[data, target][column] - 1
+        for data, target in THESIS for loss, column in (("nelbo_stable", 0), ("mse", 3))})
     exact, more = exact_tables(study)
     text += more
     training = sum(one.history[-1]["seconds"] for runs in (stabilised, exact) for one in runs.values())
     sampling = sum(result["seconds"] for result in results.values())
-    text += [f"{len(stabilised) + len(exact)} networks, {args.epochs} epochs, {args.seeds} seeds; training {training / 60:.1f} "
-             f"min, sampling {sampling / 60:.1f} min. {args.num_samples:,} samples in {STEPS[-1]} steps against 50,000 points of the "
-             "data; mean +- standard deviation over the seeds. The log-density gap, of samples to data, in nats: below 0 off the "
-             "data, above 0 too sharp."]
+    text += [f"{len(stabilised) + len(exact)} networks, {args.epochs} epochs, {args.seeds} seeds; training "
+             f"{training / 60:.1f} min, sampling {sampling / 60:.1f} min. {args.num_samples:,} samples in {STEPS[-1]} "
+             "steps against 50,000 points of the data; mean +- standard deviation over the seeds. The log-density "
+             "gap, of samples to data, in nats: below 0 off the data, above 0 too sharp."]
     return text
 
 
-# heading, columns: (recipe, loss, title)
-EXACT_TABLES = [
+EXACT_TABLES = [  # heading, columns: (recipe, loss, title)
     ("Exact NELBO of every model, whatever it was trained on", [
         ("stabilised", "mse", "trained with `mse`"), ("stabilised", "nelbo_stable", "with `nelbo_stable`"),
         ("exact", "nelbo", "with `nelbo`")]),
     ("The same of networks trained with exact weights, t in [0.001, 0.999] and d = 0", [
-        ("plain", "mse", "`mse`, t uniform"), ("exact", "nelbo", "`nelbo`, t uniform"), ("logsnr", "nelbo", "`nelbo`, log-SNR uniform")]),
+        ("plain", "mse", "`mse`, t uniform"), ("exact", "nelbo", "`nelbo`, t uniform"),
+        ("logsnr", "nelbo", "`nelbo`, log-SNR uniform")]),
 ]
 
 
@@ -107,7 +109,8 @@ def exact_tables(study):
         if target == TARGETS[0]:
             best[data] = exact_nelbo(DATASETS[data].optimal_model("eps", ddpm.SCHEDULES["cosine"]), "eps", data)
         for recipe, loss in columns:
-            values = [study.exact_nelbo(runs[recipe], (data, target, loss, seed), best[data]) for seed in range(study.args.seeds)]
+            values = [study.exact_nelbo(runs[recipe], (data, target, loss, seed), best[data])
+                      for seed in range(study.args.seeds)]
             found[data, target, recipe, loss] = cell([value for value, _ in values])
             errors += [(value - best[data].mean().item(), error) for value, error in values]
     level = {data: f"{c.mean():.3f} +- {c.std().item() / len(c)**0.5:.3f}" for data, c in best.items()}
@@ -118,24 +121,27 @@ def exact_tables(study):
                      [[data, target, *(found[data, target, recipe, loss] for recipe, loss, _ in columns), level[data]]
                       for data, target in THESIS])
     near, far = [e for gap, e in errors if gap < 1], [e / gap for gap, e in errors if gap >= 1]
-    text += ["All models of a dataset are tested on the same 200,000 points, t uniform in log-SNR; the last column has the Monte Carlo "
-             "error of the level, which they share. That of a model's distance from the best possible is "
-             + " and ".join([f"at most {max(near):.4f} where this is below 1 nat"] * bool(near)
-                            + [f"at most {100 * max(far):.0f} % of it elsewhere"] * bool(far)) + ". In the first table `mse` and "
-             "`nelbo_stable` were trained with t in [1e-6, 1 - 1e-6] and d = 0.01, `nelbo` with t in [0.001, 0.999] and d = 0.", ""]
+    text += ["All models of a dataset are tested on the same 200,000 points, t uniform in log-SNR; the last column has "
+             "the Monte Carlo error of the level, which they share. That of a model's distance from the best possible "
+             "is " + " and ".join([f"at most {max(near):.4f} where this is below 1 nat"] * bool(near)
+                            + [f"at most {100 * max(far):.0f} % of it elsewhere"] * bool(far))
+             + ". In the first table `mse` and `nelbo_stable` were trained with t in [1e-6, 1 - 1e-6] and d = 0.01, "
+             "`nelbo` with t in [0.001, 0.999] and d = 0.", ""]
     return {(recipe, *key): one for recipe in ("exact", "plain", "logsnr") for key, one in runs[recipe].items()}, text
 
 
 def table4_2(study):
-    """Thesis, Table 4.2. The budget is shared by six runs of equally many steps; what is not an option here goes to train.py."""
+    """Thesis, Table 4.2: six runs of equally many steps share the budget; what is no option here goes to train.py."""
     args = study.args
     root = Path(args.runs) / f"table4.2-{Path(args.data).resolve().name}-{args.budget:g}-minutes"
-    argv = ["--data", args.data, "--target", *THESIS_IMAGES, "--loss", "mse", "nelbo", "--minutes", str(args.budget / 6),
-            "--out", str(root), "--device", args.device, "--data-dir", args.data_dir, "--resume", *args.more]
+    argv = ["--data", args.data, "--target", *THESIS_IMAGES, "--loss", "mse", "nelbo",
+            "--minutes", str(args.budget / 6), "--out", str(root), "--device", args.device,
+            "--data-dir", args.data_dir, "--resume", *args.more]
     train.main(argv)
     at_hand = args.inception_weights or metrics.downloaded_weights().exists()
     n = args.num_samples if at_hand else 64
-    fid = ["--fid", *(["--inception-weights", args.inception_weights] if args.inception_weights else [])] if at_hand else []
+    fid = (["--fid", *(["--inception-weights", args.inception_weights] if args.inception_weights else [])]
+           if at_hand else [])
     folder = lambda target, loss: root / f"{Path(args.data).resolve().name}-{target}-{loss}-s0"
     folders = [str(folder(target, loss)) for target in THESIS_IMAGES for loss in ("mse", "nelbo")]
     sample.main(["--ckpt", *folders, "--steps", str(IMAGE_STEPS), "--num-samples", str(n), "--data-dir", args.data_dir,
@@ -146,16 +152,19 @@ def table4_2(study):
         drawn = {loss: json.loads((folder(target, loss) / "metrics.json").read_text()) for loss in last}
         fids = [f"{drawn[loss]['fid']:.2f}" if "fid" in drawn[loss] else "-" for loss in last]
         lines.append([target, f"{thesis[2]:.2f}", f"{last['mse']['test_mse']:.4f}", f"{thesis[0]:.2f}",
-                      f"{last['nelbo']['test_nelbo_stable']:.4f}", *(f"{last[loss]['test_nelbo']:.4f}" for loss in last),
+                      f"{last['nelbo']['test_nelbo_stable']:.4f}",
+                      *(f"{last[loss]['test_nelbo']:.4f}" for loss in last),
                       f"{thesis[3]:.2f}", fids[0], f"{thesis[1]:.2f}", fids[1]])
     first = run.open(folders[0])
     config, parameters = first.config, sum(value.numel() for value in first.checkpoint["ema"].values())
     header = ["target", "weighted loss: thesis", "ours", "NELBO, thesis's units: thesis", "ours",
-              "exact NELBO, trained with `mse`", "with `nelbo`", "FID, weighted: thesis", "ours", "FID, NELBO: thesis", "ours"]
-    note = (f"{args.data}, {'x'.join(map(str, config['shape']))}, test split, averaged weights, one seed. {parameters:,} "
-            f"parameters, {first.checkpoint['step']:,} steps of {config['batch_size']} images in {config['precision']} for each of six runs, "
-            f"{first.checkpoint['seconds'] / 60:.1f} minutes for the first. Exact NELBO in nats per dimension, t in [0.001, 0.999]; in the "
-            "thesis's units it is `nelbo_stable` (ERRATA.md, entry 8), of networks trained on the exact one. ")
+              "exact NELBO, trained with `mse`", "with `nelbo`", "FID, weighted: thesis", "ours", "FID, NELBO: thesis",
+              "ours"]
+    note = (f"{args.data}, {'x'.join(map(str, config['shape']))}, test split, averaged weights, one seed. "
+            f"{parameters:,} parameters, {first.checkpoint['step']:,} steps of {config['batch_size']} images in "
+            f"{config['precision']} for each of six runs, {first.checkpoint['seconds'] / 60:.1f} minutes for the "
+            "first. Exact NELBO in nats per dimension, t in [0.001, 0.999]; in the thesis's units it is "
+            "`nelbo_stable` (ERRATA.md, entry 8), of networks trained on the exact one. ")
     note += (f"FID of {n:,} images, {IMAGE_STEPS} ancestral steps, clipped, against the train split." if at_hand else
              "No FID: Inception's weights are not at hand, see python sample.py --help.")
     return rows(header, lines) + [note]
@@ -167,7 +176,8 @@ def fig3_2(study, path):
 
 
 def fig4_1(study, path):
-    plots.scatter({name: data.sample(50_000, run.generator("cpu", name)) for name, data in DATASETS.items()}, path, 50_000)
+    plots.scatter({name: data.sample(50_000, run.generator("cpu", name)) for name, data in DATASETS.items()},
+                  path, 50_000)
 
 
 def fig4_2(study, path):
@@ -184,33 +194,34 @@ def fig4_2(study, path):
 def over_epochs(study, runs, loss, key):
     """{data: {target: (values (seeds, epochs), optimum)}} of what the history calls `key`."""
     optimum = key.replace("test", "optimum") if key != "test_loss" else "optimum"
-    return {data: {target: (np.array([study.curve(runs, (data, target, loss, seed), key) for seed in range(study.args.seeds)]),
+    return {data: {target: (np.array([study.curve(runs, (data, target, loss, seed), key)
+                                      for seed in range(study.args.seeds)]),
                             runs[data, target, loss, 0].history[-1][optimum]) for target in TARGETS}
             for data in DATASETS}
 
 
 def fig4_8(study, path):
-    runs = study.trained("stabilised")
+    runs = study.trained("stabilised", ["mse"])
     plots.loss_curves({"weighted test loss": over_epochs(study, runs, "mse", "test_loss"),
                        "rescaled test loss": over_epochs(study, runs, "mse", "test_rescaled")}, path)
 
 
 def fig4_9(study, path):
-    runs = study.trained("stabilised")
+    runs = study.trained("stabilised", ["nelbo_stable"])
     plots.loss_curves({"stabilised NELBO": over_epochs(study, runs, "nelbo_stable", "test_loss")}, path)
 
 
 def fig4_10(study, path):
     t, schedule = torch.linspace(0.001, 0.999, 500, dtype=torch.float64), ddpm.SCHEDULES["cosine"]
     plots.scalings({"exact, Table 3.2": {target: 2 * losses.weight("nelbo", target, t, schedule) for target in TARGETS},
-                    "stabilised, d = 0.01": {target: losses.weight("nelbo_stable", target, t, schedule) for target in TARGETS}},
-                   t, path)
+                    "stabilised, d = 0.01": {target: losses.weight("nelbo_stable", target, t, schedule)
+                                             for target in TARGETS}}, t, path)
 
 
 def fig4_11(study, path):
     """Variance over samples at equal t, in 20 bins of t: E[e^2] - E[e]^2 of the squared error e."""
     variance = lambda e, t: losses.over_t(e**2, t, 1e-6) - losses.over_t(e, t, 1e-6)**2
-    runs, panels = study.trained("stabilised"), {}
+    runs, panels = study.trained("stabilised", ["mse"]), {}
     for data, target in THESIS:
         curves = []
         for seed in range(study.args.seeds):
@@ -245,27 +256,28 @@ def over_steps(data):
         results, panels = {n: study.sampled(runs, n) for n in STEPS}, {}
         for title, target, n in itertools.product(LOSSES, TARGETS, STEPS):
             result = results[n][data, target, LOSSES[title], 0]
-            panels[f"{target}, {title}", f"{n} steps"] = (points_of(result), "{mean_distance:.2f}, {covariance_distance:.2f}"
-                                                          .format(**result))
+            panels[f"{target}, {title}", f"{n} steps"] = (
+                points_of(result), "{mean_distance:.2f}, {covariance_distance:.2f}".format(**result))
         plots.point_grid(panels, path)
     return figure
 
 
 def loss_over_t(data):
     def figure(study, path):
-        runs, panels, last = study.trained("stabilised", data=[data]), {}, study.args.epochs
+        runs, panels, last = study.trained("stabilised", ["mse"], [data]), {}, study.args.epochs
         t = kind_points.test_batch(runs[data, "x", "mse", 0].config)[1]
         for target in TARGETS:
             best = losses.over_t(kind_points.optimal_errors(data, target, "cosine", 1e-6, 0.01), t, 1e-6)
             keys = [(data, target, "mse", seed) for seed in range(study.args.seeds)]
-            panels[target] = [(f"epoch {epoch}", target, torch.tensor([study.over_t(runs, key, epoch) for key in keys]), best)
+            panels[target] = [(f"epoch {epoch}", target,
+                               torch.tensor([study.over_t(runs, key, epoch) for key in keys]), best)
                               for epoch in sorted({1, max(1, last // 10), last})]
         plots.over_t(panels, f"weighted train loss, {data}", path)
     return figure
 
 
-# name: (function, what it is). A function of a Study returns the lines of a table, of a Study and a path draws.
-RESULTS = {
+BELOW = "at 2 to 512 steps, mean and covariance distance below each panel"
+RESULTS = {  # name: (function, what it is)
     "table4.1":  (table4_1, "loss and sample quality of every dataset, target and loss"),
     "table4.2":  (table4_2, "losses and FID of images for x, eps and v"),
     "fig3.2":    (fig3_2, "log-SNR of the three schedules"),
@@ -276,13 +288,13 @@ RESULTS = {
     "fig4.10":   (fig4_10, "SNR scalings 1/w(t), exact and stabilised"),
     "fig4.11":   (fig4_11, "variance of the weighted loss over t"),
     "fig4.12":   (fig4_12, "2,000 samples at 512 steps, every dataset, target and loss"),
-    "fig4.13":   (over_steps("rings"), "samples of the rings at 2 to 512 steps, mean and covariance distance below each panel"),
+    "fig4.13":   (over_steps("rings"), f"samples of the rings {BELOW}"),
     "fig4.14":   (loss_over_t("rings"), "weighted train loss over t at three epochs, rings"),
     "appendix1": (loss_over_t("clusters"), "weighted train loss over t at three epochs, clusters"),
     "appendix2": (loss_over_t("swiss_roll"), "weighted train loss over t at three epochs, Swiss roll"),
     "appendix3": (loss_over_t("waves"), "weighted train loss over t at three epochs, waves"),
-    "appendix4": (over_steps("clusters"), "samples of the clusters at 2 to 512 steps, mean and covariance distance below each panel"),
-    "appendix5": (over_steps("swiss_roll"), "samples of the Swiss roll at 2 to 512 steps, mean and covariance distance below each panel"),
-    "appendix6": (over_steps("waves"), "samples of the waves at 2 to 512 steps, mean and covariance distance below each panel"),
+    "appendix4": (over_steps("clusters"), f"samples of the clusters {BELOW}"),
+    "appendix5": (over_steps("swiss_roll"), f"samples of the Swiss roll {BELOW}"),
+    "appendix6": (over_steps("waves"), f"samples of the waves {BELOW}"),
 }
 TABLES = "table4.1", "table4.2"

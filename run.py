@@ -1,14 +1,14 @@
 """A run: its folder, its checkpoint and the network in it; and what all scripts share: random numbers, files, mistakes.
 
-A run is a folder runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json and metrics.jsonl. Its checkpoint says all that
-is needed to use it, so that a run opens itself:
+A run is a folder runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json and metrics.jsonl. Its checkpoint says
+all that is needed to use it, so that a run opens itself:
 
     r = run.open("runs/rings-v-mse-s0")
     r.config, r.history, r.schedule, r.target                    # what was trained, and how it went
     x_hat, eps_hat = r.denoiser()(z, torch.tensor(0.5))          # z (B, 2); r.model()(z, t) is the bare network
 
-Files are written under a temporary name and then renamed: a kill or a full disk at any moment leaves the last complete one.
-A mistake of the user ends in SystemExit with one sentence: exit code 1, no traceback.
+Files are written under a temporary name and then renamed: a kill or a full disk leaves the last complete one. A mistake
+of the user ends in SystemExit with one sentence: exit code 1, no traceback.
 """
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ from ddpm import SCHEDULES
 from targets import TARGETS
 
 FORMAT = "diffusion-losses 2"        # written into every checkpoint
-KINDS = {"points": "kind_points", "images": "kind_images"}     # files with the same verbs: load, build_model, draw, measure, ...
+KINDS = {"points": "kind_points", "images": "kind_images"}     # files with the same verbs: load, draw, measure, ...
 
 
 def generator(device, *key):
@@ -89,16 +89,16 @@ def load(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                  # torch raises many kinds for a damaged or foreign file
-        raise SystemExit(f"cannot read {path}: it is damaged or not a checkpoint of this project, nothing in it was run - "
-                         "train again with --overwrite or choose another") from None
+        raise SystemExit(f"cannot read {path}: it is damaged or not a checkpoint of this project, "
+                         "nothing in it was run - train again with --overwrite or choose another") from None
     keys = {"config", "model", "optimizer", "history"}
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not keys <= checkpoint.keys():
         raise SystemExit(f"{path} is not a checkpoint of this project - make one with: python train.py")
     return checkpoint
 
 
-def processes(device=torch.device("cpu")):
-    """Rank and number of the processes that torchrun started; 0 and 1 without it. Joins them at the first call, for a device."""
+def processes(device=torch.device("cpu")):             # noqa: B008
+    """Rank and number of the processes that torchrun started, else 0 and 1; the first call joins them, for a device."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     if not distributed.is_initialized():
@@ -126,12 +126,12 @@ def newest(root="runs"):
 
 
 def kind_module(kind):
-    """The file of a kind of data, points or images. Imported here: these files use this one, and points need no images."""
+    """The file of a kind of data, points or images. Imported here: it uses this file, and points need no images."""
     return importlib.import_module(KINDS[kind])
 
 
 class Run:
-    """A trained run, opened: folder, config, history (a dict for each test), checkpoint, and from them all that it takes to use it."""
+    """A trained run, opened: folder, config, history (a dict for each test), checkpoint, and all it takes to use it."""
 
     def __init__(self, folder, checkpoint):
         self.folder, self.checkpoint, self.history = Path(folder), checkpoint, checkpoint["history"]
@@ -156,18 +156,18 @@ class Run:
         return kind_module(settings.kind(self.config))
 
     def model(self, device="cpu"):
-        """The trained network, model(z, t) -> prediction of `target`, to evaluate; of images with the averaged weights (EMA)."""
+        """The trained network, model(z, t) -> prediction of `target`, to evaluate; of images with averaged weights."""
         model = self.kind.build_model(self.config, len(self.members))
         model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
         return model.to(device).requires_grad_(False)
 
     def denoiser(self, device="cpu", **options):
-        """The network as (z, t) -> x_hat, eps_hat, for z (B, ...) and t (): see `samplers.denoiser`, which has the options."""
+        """The network as (z, t) -> x_hat, eps_hat, for z (B, ...), t (): `samplers.denoiser`, which has the options."""
         return samplers.denoiser(self.model(device), self.target, self.schedule, self.config["stabiliser"], **options)
 
 
 class Stack(Run):
-    """Several runs that differ in data, target, loss and seed only, as one: `target` is a list, z comes in equal blocks.
+    """Several runs that differ in data, target, loss and seed only, as one: `target` is a list, z in equal blocks.
 
     Folder, history and config are those of the first. SystemExit if they differ in anything else.
     """
@@ -180,8 +180,8 @@ class Stack(Run):
             other = settings.alike(run.config)
             different = [key for key in {**first, **other} if first.get(key) != other.get(key)]
             if different:
-                raise SystemExit(f"{runs[0].folder} and {run.folder} differ in {', '.join(different)} and cannot be one stack - "
-                                 "open them one by one")
+                raise SystemExit(f"{runs[0].folder} and {run.folder} differ in {', '.join(different)} "
+                                 "and cannot be one stack - open them one by one")
 
     @property
     def target(self):
@@ -196,11 +196,12 @@ def open(path):
     if not isinstance(path, (str, Path)):
         return Stack([open(one) for one in path])
     path, checkpoint = Path(path), load(path)
-    tables = {"target": TARGETS, "schedule": SCHEDULES} | ({} if "shape" in checkpoint["config"] else {"data": DATASETS})
+    tables = ({"target": TARGETS, "schedule": SCHEDULES}
+              | ({} if "shape" in checkpoint["config"] else {"data": DATASETS}))
     for key, table in tables.items():
         if checkpoint["config"][key] not in table:
-            raise SystemExit(f"{path} was trained with --{key} {checkpoint['config'][key]}, which this code does not have - put "
-                             "its row back, or give another --ckpt")
+            raise SystemExit(f"{path} was trained with --{key} {checkpoint['config'][key]}, "
+                             "which this code does not have - put its row back, or give another --ckpt")
     return Run(path if path.is_dir() else path.parent, checkpoint)
 
 
@@ -221,7 +222,8 @@ def chosen(paths, out):
     if len({run.kind for run in runs}) > 1:
         raise SystemExit("points and images cannot be mixed in one call - give their runs to one call each")
     if out and len({run.folder.name for run in runs}) < len(runs):
-        raise SystemExit("two of these runs have one name and would share a folder in --out - leave it out, or take them apart")
+        raise SystemExit("two of these runs have one name and would share a folder in --out - "
+                         "leave it out, or take them apart")
     return [(run, Path(out) / (run.folder.name if len(runs) > 1 else "") if out else run.folder) for run in runs]
 
 
@@ -231,24 +233,27 @@ def smallest_t(config, t_min=None):
 
 
 def existing(folder, config, resume, overwrite):
-    """The checkpoint in a run's folder, or None. A run is never silently overwritten, nor resumed with other settings."""
+    """The checkpoint in a run's folder, or None. No run is silently overwritten, or resumed with other settings."""
     if not (folder / "ckpt.pt").exists() or overwrite:
         return None
     state = load(folder)
     if settings.completed(state["config"]) != config:
-        changed = [f"--{k.replace('_', '-')} {v}" for k, v in settings.completed(state["config"]).items() if config.get(k) != v]
-        raise SystemExit(f"{folder} holds a run with other settings ({' '.join(changed)}) - keep both by giving this one "
-                         "another folder of runs, or start it again with train.py --overwrite")
+        changed = [f"--{k.replace('_', '-')} {v}" for k, v in settings.completed(state["config"]).items()
+                   if config.get(k) != v]
+        raise SystemExit(f"{folder} holds a run with other settings ({' '.join(changed)}) - keep both by giving "
+                         "this one another folder of runs, or start it again with train.py --overwrite")
     if not resume:
-        raise SystemExit(f"{folder} holds this run already - add --resume to go on with it or --overwrite to start again")
+        raise SystemExit(f"{folder} holds this run already - "
+                         "add --resume to go on with it or --overwrite to start again")
     return state
 
 
 def check(configs, out, resume=False, overwrite=False):
-    """[(folder, config, checkpoint or None)] of the runs to train. SystemExit if one is not to be touched, or two are one folder."""
+    """[(folder, config, checkpoint or None)] of the runs to train. SystemExit if one must stay, or two share one."""
     folders = [Path(out) / settings.name(config) for config in configs]
     if len(set(folders)) < len(folders):
-        raise SystemExit("two of these runs would share a folder, the data's folders have one name - give each its own --out")
+        raise SystemExit("two of these runs would share a folder, the data's folders have one name - "
+                         "give each its own --out")
     return [(folder, config, existing(folder, config, resume, overwrite)) for folder, config in zip(folders, configs)]
 
 
@@ -258,7 +263,8 @@ def begin(configs, out, resume=False, overwrite=False):
     for folder, config, _ in runs:     # written before anything goes: a full disk stops here
         write(folder / "config.json", json.dumps(config, indent=2).encode())
         if overwrite:
-            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "metrics.json", *folder.glob("samples*.png")]:
+            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "metrics.json",
+                         *folder.glob("samples*.png")]:
                 (folder / Path(file).name).unlink(missing_ok=True)
     return runs
 

@@ -5,10 +5,11 @@
     python sample.py --sampler dpmpp --steps 16            # nearly as good with few evaluations
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
 
-Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean, covariance and sliced
-Wasserstein distance to 50,000 fresh points beside their floor: what two samples of the data itself, of the same sizes, give.
-Images: writes samples/00000.png ... of the averaged weights (EMA), samples.png (a grid of the first) and metrics.json. A
-call that was killed goes on with the first image that is missing; a larger --num-samples adds to those that are there.
+Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean,
+covariance and sliced Wasserstein distance to 50,000 fresh points beside their floor: what two samples of the data
+itself, of the same sizes, give. Images: writes samples/00000.png ... of the averaged weights (EMA), samples.png (a grid
+of the first) and metrics.json. A call that was killed goes on with the first image that is missing; a larger
+--num-samples adds to those that are there.
 
 What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samplers in `samplers.py`.
 """
@@ -26,13 +27,16 @@ def parse(argv):
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--steps", type=settings.number(int, 1, 10**6), default=512, help="network evaluations (512)")
     parser.add_argument("--sampler", choices=samplers.SAMPLERS, default="ancestral", help="(ancestral)")
-    parser.add_argument("--grid", choices=samplers.GRIDS, default="t", help="what the steps are equal in: t, log-SNR, or Karras's (t)")
-    parser.add_argument("--eta", type=settings.number(float, 0, 1), help="noise of --sampler ddim, 1 is that of ancestral (0)")
+    parser.add_argument("--grid", choices=samplers.GRIDS, default="t",
+                        help="what the steps are equal in: t, log-SNR, or Karras's (t)")
+    parser.add_argument("--eta", type=settings.number(float, 0, 1),
+                        help="noise of --sampler ddim, 1 is that of ancestral (0)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
                         help="the steps divide [t_min, 1 - t_min] (that of training, at least 0.001)")
     parser.add_argument("--num-samples", type=settings.number(int, 2, 10**9), help="(points: 10000, images: 64)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of the sampling noise (0)")
-    parser.add_argument("--out", help="folder for the results (the run's folder), with one in it for each of several runs")
+    parser.add_argument("--out",
+                        help="folder for the results (the run's folder), with one in it for each of several runs")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("images")
     group.add_argument("--batch-size", type=settings.number(int, 1), help="drawn at once (64 on a CPU, else 250)")
@@ -42,7 +46,8 @@ def parse(argv):
                        help="delete images drawn with other settings")
     group.add_argument("--fid", action=argparse.BooleanOptionalAction, default=False, help="FID to the data, Eq. (4.6)")
     group.add_argument("--fid-split", choices=["train", "test"], default="train", help="of the data, for FID (train)")
-    group.add_argument("--inception-weights", metavar="PATH", help="local file of pytorch-fid's weights (downloaded once)")
+    group.add_argument("--inception-weights", metavar="PATH",
+                       help="local file of pytorch-fid's weights (downloaded once)")
     group.add_argument("--data-dir", default="data", help="where the data of FID are, and its statistics go (data)")
     args = parser.parse_args(argv)
     if args.eta is not None and args.sampler != "ddim":

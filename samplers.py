@@ -1,20 +1,23 @@
-r"""Samplers: from noise to data in so many evaluations of the network (VDM 3.7.1; slides on SDE and probability flow ODE).
+r"""Samplers: from noise to data in so many evaluations of the network (VDM 3.7.1; slides).
 
-Read `ddpm.py` and `targets.py` first. A sampler sees a network as a denoiser, (z, t) -> x_hat, eps_hat, so that it is written once
-for every target and schedule. It goes through a decreasing grid of times, and its last step is the same for all: to
-sigma = 0, without noise, that is to the x_hat of the last time. f and g^2 are `drift` and `diffusion_sq` of the schedule, w is
-Brownian motion.
+Read `ddpm.py` and `targets.py` first. A sampler sees a network as a denoiser,
+(z, t) -> x_hat, eps_hat, so that it is written once for every target and schedule. It goes
+through a decreasing grid of times, and its last step is the same for all: to sigma = 0, without
+noise, that is to the x_hat of the last time. For the SDE and the probability flow ODE of the
+slides, f and g^2 are `drift` and `diffusion_sq` of the schedule, w is Brownian motion.
 
     ancestral  p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), the thesis's
-    ddim       x_hat and eps_hat put together again at the next time, plus eta times the noise of `ancestral`
+    ddim       x_hat and eps_hat put together again at the next time, plus eta times the noise of
+               `ancestral`
     sde        Euler-Maruyama on the reverse SDE        dz = (f z - g^2 score) dt + g dw
     euler      Euler on the probability flow ODE        dz = (f z - g^2 score / 2) dt
     heun       Heun on it, second order, two evaluations a step
-    dpmpp      DPM-Solver++(2M): x_hat extrapolated to the middle of the step in log-SNR, with it that ODE solved exactly
+    dpmpp      DPM-Solver++(2M): x_hat extrapolated to the middle of the step in log-SNR, with it
+               that ODE solved exactly
 
 Not here: guidance; the likelihood that goes with the ODE (`likelihood.py`).
 
-    python samplers.py    # each sampler with the exact denoiser of the clusters, 4 to 64 evaluations
+    python samplers.py    # each sampler, exact denoiser of the clusters, 4 to 64 evaluations
 """
 import math
 
@@ -37,7 +40,7 @@ def ddim(denoise, z, times, schedule, noise, eta=0.0):
     """Song, Meng and Ermon 2021, Eq. (12). eta = 0 adds no noise, eta = 1 is `ancestral`."""
     for t, s in zip(times, times[1:]):
         x_hat, eps_hat = denoise(z, t)
-        var = eta**2 * schedule.sigma(s)**2 * ddpm.one_minus_snr_ratio(s, t, schedule)         # Eq. (3.10)
+        var = eta**2 * schedule.sigma(s)**2 * ddpm.one_minus_snr_ratio(s, t, schedule)  # Eq. (3.10)
         z = schedule.alpha(s) * x_hat + (schedule.sigma(s)**2 - var).sqrt() * eps_hat
         if eta:
             z = z + var.sqrt() * noise()
@@ -45,7 +48,10 @@ def ddim(denoise, z, times, schedule, noise, eta=0.0):
 
 
 def sde(denoise, z, times, schedule, noise):
-    """Euler-Maruyama on the reverse SDE (Anderson 1982; Song et al. 2021, Eq. 6), score = -eps_hat / sigma."""
+    """Euler-Maruyama on the reverse SDE (Anderson 1982; Song et al. 2021, Eq. 6).
+
+    The score is -eps_hat / sigma.
+    """
     for t, s in zip(times, times[1:]):
         _, eps_hat = denoise(z, t)
         g_sq = schedule.diffusion_sq(t)
@@ -55,7 +61,10 @@ def sde(denoise, z, times, schedule, noise):
 
 
 def flow(z, eps_hat, t, schedule):
-    """dz/dt of the probability flow ODE, f z - g^2 score / 2 (Song et al. 2021, Eq. 13). (B, ...), t () -> (B, ...)."""
+    """dz/dt of the probability flow ODE, f z - g^2 score / 2 (Song et al. 2021, Eq. 13).
+
+    z, eps_hat (B, ...), t () -> (B, ...).
+    """
     return schedule.drift(t) * z + 0.5 * schedule.diffusion_sq(t) / schedule.sigma(t) * eps_hat
 
 
@@ -67,7 +76,10 @@ def euler(denoise, z, times, schedule, noise):
 
 
 def heun(denoise, z, times, schedule, noise):
-    """Heun's method on the probability flow ODE, in t: the mean of the slopes at both ends (Karras et al. 2022, Alg. 1)."""
+    """Heun's method on the probability flow ODE, in t (Karras et al. 2022, Alg. 1).
+
+    The slope of a step is the mean of those at both its ends.
+    """
     for t, s in zip(times, times[1:]):
         slope = flow(z, denoise(z, t)[1], t, schedule)
         ahead = z + slope * (s - t)
@@ -76,28 +88,30 @@ def heun(denoise, z, times, schedule, noise):
 
 
 def dpmpp(denoise, z, times, schedule, noise):
-    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2). Their lambda = log(alpha / sigma) is half of logsnr."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2). Their lambda = log(alpha / sigma) = logsnr / 2."""
     previous = None
     for t, s in zip(times, times[1:]):
         x_hat, _ = denoise(z, t)
         h, ahead = (schedule.logsnr(s) - schedule.logsnr(t)) / 2, x_hat
         if previous:
             x_before, h_before = previous
-            ahead = x_hat + h / (2 * h_before) * (x_hat - x_before)                            # r = h_before / h
+            ahead = x_hat + h / (2 * h_before) * (x_hat - x_before)         # r = h_before / h
         z = schedule.sigma(s) / schedule.sigma(t) * z - schedule.alpha(s) * torch.expm1(-h) * ahead
-        if h > 0:                                  # in float32 neighbouring times near the ends can be the same
+        if h > 0:              # in float32 neighbouring times near the ends can be the same
             previous = x_hat, h
     return denoise(z, times[-1])[0]
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde, "euler": euler, "heun": heun, "dpmpp": dpmpp}
-EVALUATIONS = {"heun": 2}                          # of the network in every step but the last, else 1
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde,
+            "euler": euler, "heun": heun, "dpmpp": dpmpp}
+EVALUATIONS = {"heun": 2}      # of the network in every step but the last, else 1
 
 
 def uniform_t(n, schedule, t_min, **like):
-    """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min]; i = n, ..., 1.
+    """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min].
 
-    The last time is one step above t_min, from where x_hat is the sample; the other grids end at t_min itself.
+    i = n, ..., 1. The last time is one step above t_min, from where x_hat is the sample; the
+    other grids end at t_min itself.
     """
     return t_min + (1 - 2 * t_min) * torch.arange(n, 0, -1, **like) / n
 
@@ -108,7 +122,7 @@ def uniform_logsnr(n, schedule, t_min, **like):
 
 
 def karras(n, schedule, t_min, rho=7, **like):
-    """Equal steps of (sigma / alpha)^(1 / rho), from that of 1 - t_min to that of t_min (Karras et al. 2022, Eq. 5)."""
+    """Equal steps of (sigma / alpha)^(1 / rho), the same ends (Karras et al. 2022, Eq. 5)."""
     first, last = (math.exp(-0.5 * logsnr / rho) for logsnr in schedule.ends(t_min))
     return schedule.t(-2 * rho * torch.linspace(first, last, n, **like).log())
 
@@ -119,29 +133,32 @@ GRIDS = {"t": uniform_t, "logsnr": uniform_logsnr, "karras": karras}
 def denoiser(model, target, schedule, stabiliser=0.0, clip=math.inf):
     """The network as (z, t) -> x_hat, eps_hat, all (B, ...), t (): what the samplers see.
 
-    eps_hat goes with z and x_hat, also where that is clipped. target: for a stack a list of names, one for each equal part.
+    eps_hat goes with z and x_hat, also where that is clipped. target: for a stack a list of
+    names, one for each equal part.
     """
     names = [target] if isinstance(target, str) else target
 
     def denoise(z, t):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         predictions = model(z, t.expand(len(z))).chunk(len(names))
-        x_hat = torch.cat([targets.to_x(name, y, z, alpha, sigma, stabiliser)
-                           for name, y, z in zip(names, predictions, z.chunk(len(names)))]).clamp(-clip, clip)
+        x_hat = torch.cat([
+            targets.to_x(name, y, z, alpha, sigma, stabiliser)
+            for name, y, z in zip(names, predictions, z.chunk(len(names)))]).clamp(-clip, clip)
         return x_hat, (z - alpha * x_hat) / sigma
     return denoise
 
 
 @torch.no_grad()
-def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="t", t_min=1e-3, generator=None,
-           stabiliser=0.0, clip=math.inf, dtype=torch.float32, **options):
-    r"""Draw samples in `steps` network evaluations (`heun`: of an even number one less) -> (B, ...) of `shape`.
+def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="t", t_min=1e-3,
+           generator=None, stabiliser=0.0, clip=math.inf, dtype=torch.float32, **options):
+    r"""Draw samples in `steps` network evaluations -> (B, ...) of `shape`.
 
-    model(z, t) -> prediction of `target`, with z (B, ...) and the true time t (B,), however few the steps. The first z has the
-    variance that standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's device.
-    clip: every x_hat is kept in [-clip, clip], the range of images (Ho et al. 2020). options: eta of `ddim`.
-    For a stack of M models `target` is a list of M names: all get the same draws, and it returns (M * B, ...).
-    Raises ValueError if steps < 1, and for an unknown sampler or grid.
+    `heun` takes one less, of an even number. model(z, t) -> prediction of `target`, with z
+    (B, ...) and the true time t (B,), however few the steps. The first z has the variance that
+    standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's device.
+    clip: every x_hat is kept in [-clip, clip], the range of images (Ho et al. 2020). options: eta
+    of `ddim`. For a stack of M models `target` is a list of M names: all get the same draws, and
+    it returns (M * B, ...). Raises ValueError if steps < 1, and for an unknown sampler or grid.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -150,11 +167,14 @@ def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="
             raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(table)}")
     device = generator.device if generator is not None else "cpu"
     evaluations = EVALUATIONS.get(sampler, 1)
-    times = GRIDS[grid]((steps + evaluations - 1) // evaluations, schedule, t_min, dtype=dtype, device=device)
+    times = GRIDS[grid]((steps + evaluations - 1) // evaluations, schedule, t_min,
+                        dtype=dtype, device=device)
     members = 1 if isinstance(target, str) else len(target)
-    noise = lambda: torch.cat([torch.randn(shape, generator=generator, device=device, dtype=dtype)] * members)
+    noise = lambda: torch.cat(
+        [torch.randn(shape, generator=generator, device=device, dtype=dtype)] * members)
     z = (schedule.alpha(times[0])**2 + schedule.sigma(times[0])**2).sqrt() * noise()
-    return SAMPLERS[sampler](denoiser(model, target, schedule, stabiliser, clip), z, times, schedule, noise, **options)
+    return SAMPLERS[sampler](denoiser(model, target, schedule, stabiliser, clip), z, times,
+                             schedule, noise, **options)
 
 
 if __name__ == "__main__":
@@ -162,8 +182,11 @@ if __name__ == "__main__":
     from datasets2d import DATASETS
     data, schedule, numbers = DATASETS["clusters"], ddpm.SCHEDULES["cosine"], [4, 8, 16, 32, 64]
     real, model = data.sample(50_000), data.optimal_model("v", schedule)
-    print(f"covariance distance to the clusters, 10,000 samples\n{'evaluations':18s}" + " ".join(f"{n:6d}" for n in numbers))
+    print("covariance distance to the clusters, 10,000 samples\n"
+          f"{'evaluations':18s}" + " ".join(f"{n:6d}" for n in numbers))
     for grid in GRIDS:
         for name in SAMPLERS:
-            draw = lambda n: sample(model, (10_000, 2), n, target="v", schedule=schedule, sampler=name, grid=grid)
-            print(f"{name:10s} {grid:7s}" + " ".join(f"{metrics.covariance_distance(draw(n), real):6.3f}" for n in numbers))
+            draw = lambda n: sample(model, (10_000, 2), n, target="v", schedule=schedule,
+                                    sampler=name, grid=grid)                # noqa: B023
+            print(f"{name:10s} {grid:7s}" + " ".join(
+                f"{metrics.covariance_distance(draw(n), real):6.3f}" for n in numbers))

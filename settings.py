@@ -1,11 +1,13 @@
 """The settings of a training run, each declared once: a row of SETTINGS.
 
-The command line, its help, the config in a checkpoint, the check of a resumed run and what may be trained or sampled as one stack
-follow from the rows. A new setting is a row here and the place that uses it; a checkpoint from before it has its default.
+The command line, its help, the config in a checkpoint, the check of a resumed run and what may be trained or sampled
+as one stack follow from the rows. A new setting is a row here and the place that uses it; a checkpoint from before it
+has its default.
 
-Points and images are the two kinds of data. Data, target, loss and seed, of which `train.py` takes several values, name a run.
+Points and images are the two kinds of data. Data, target, loss and seed, of which `train.py` takes several values, name
+a run.
 
-    python settings.py    # the rows: defaults for points and for images, and whether they are part of a run's identity
+    python settings.py    # the rows: defaults for points and for images, and whether they are of a run's identity
 """
 import argparse
 import itertools
@@ -59,10 +61,13 @@ SETTINGS = [
             argument=dict(type=number(float, 0))),
     Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1))),
     Setting("data_dir", "where the named datasets are, or are downloaded to", images="data", identity=""),
-    Setting("image_size", "crop and scale to a square of so many pixels", images=None, argument=dict(type=number(int, 4))),
-    Setting("skip_corrupt", "leave out files of a folder that cannot be read", images=False, argument=dict(action="store_true")),
+    Setting("image_size", "crop and scale to a square of so many pixels", images=None,
+            argument=dict(type=number(int, 4))),
+    Setting("skip_corrupt", "leave out files of a folder that cannot be read", images=False,
+            argument=dict(action="store_true")),
     # The network of images: `configs` puts the preset, changed by the next five, into the config.
-    Setting("preset", "UNet, see unet.py; the next five change it", images="ddpm", identity="", argument=dict(choices=unet.PRESETS)),
+    Setting("preset", "UNet, see unet.py; the next five change it", images="ddpm", identity="",
+            argument=dict(choices=unet.PRESETS)),
     Setting("channels", "of its first block", images=None, identity="", argument=dict(type=number(int, 4))),
     Setting("channel_mult", "times these, one number for each block", images=None, identity="",
             argument=dict(type=number(int, 1), nargs="+")),
@@ -70,7 +75,8 @@ SETTINGS = [
     Setting("mid_blocks", "in the middle", images=None, identity="", argument=dict(type=number(int, 1))),
     Setting("attention", "resolutions that attend, besides the middle", images=None, identity="",
             argument=dict(type=number(int, 0), nargs="+")),
-    Setting("precision", "of matrix products and convolutions; auto is bf16 on CUDA, and bf16 is good on CPUs that have it",
+    Setting("precision",
+            "of matrix products and convolutions; auto is bf16 on CUDA, and bf16 is good on CPUs that have it",
             images="auto", identity="", argument=dict(choices=["auto", "bf16", "fp32"])),
     Setting("ema", "decay of the averaged weights", images=0.9999, argument=dict(type=number(float, 0, 1))),
     Setting("warmup", "steps until --lr is reached", images=1000, argument=dict(type=number(int, 1))),
@@ -78,7 +84,8 @@ SETTINGS = [
     Setting("minutes", "stop after so long, further runs of this call after as many steps; --resume goes on",
             images=float("inf"), identity="", argument=dict(type=number(float, 0))),
     Setting("test_every", "steps between two tests", images=2000, identity="", argument=dict(type=number(int, 1))),
-    Setting("grid_every", "steps between two grids of samples", images=10_000, identity="", argument=dict(type=number(int, 1))),
+    Setting("grid_every", "steps between two grids of samples", images=10_000, identity="",
+            argument=dict(type=number(int, 1))),
     Setting("compile", "with torch.compile; on CUDA it is the default", images=None, identity="",
             argument=dict(action=argparse.BooleanOptionalAction)),
 ]
@@ -86,8 +93,10 @@ SETTINGS = [
 
 def default_text(row):
     """A row's defaults as its help has them."""
-    text = {kind: " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
-            for kind, value in (("points", row.points), ("images", row.images)) if value is not ABSENT and value is not None}
+    text = {kind: " ".join(map(str, value)) if isinstance(value, list)
+            else f"{value:g}" if isinstance(value, float) else str(value)
+            for kind, value in (("points", row.points), ("images", row.images))
+            if value is not ABSENT and value is not None}
     values = list(text.values())
     if len(set(values)) > 1:
         return " (" + ", ".join(f"{kind}: {value}" for kind, value in text.items()) + ")"
@@ -95,19 +104,21 @@ def default_text(row):
 
 
 def add_arguments(parser):
-    """Add the rows to an argparse parser, those of images alone in a group of their own; `complete` sets the defaults."""
+    """Add the rows to an argparse parser, those of images alone in a group; `complete` sets the defaults."""
     groups = {False: parser.add_argument_group("how to train it"), True: parser.add_argument_group("images")}
     for row in SETTINGS:
         help = (row.help + default_text(row)).replace("%", "%%")
-        groups[row.points is ABSENT].add_argument(f"--{row.name.replace('_', '-')}", help=help, **row.argument | {"default": None})
+        groups[row.points is ABSENT].add_argument(f"--{row.name.replace('_', '-')}", help=help,
+                                                  **row.argument | {"default": None})
 
 
 def complete(args, kind, error):
-    """Give what was not set on the command line its default; error(sentence) for a setting that this kind does not have."""
+    """Give what was not set on the command line its default; error(sentence) for a setting that this kind has not."""
     for row in SETTINGS:
         default, given = getattr(row, kind), getattr(args, row.name) is not None
         if default is ABSENT and given:
-            error(f"--{row.name.replace('_', '-')} is a setting of {'points' if kind == 'images' else 'images'}, not of {kind}")
+            error(f"--{row.name.replace('_', '-')} is a setting of "
+                  f"{'points' if kind == 'images' else 'images'}, not of {kind}")
         if not given:
             setattr(args, row.name, None if default is ABSENT else default)
 
@@ -138,7 +149,7 @@ def alike(config):
 
 
 def configs(args, **more):
-    """The config of every run that the arguments ask for; those of one dataset and seed, which share draws, side by side.
+    """The config of every run that the arguments ask for; those of one dataset and seed, which share draws, together.
 
     Images need more: their shape and the device's precision.
     """

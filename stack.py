@@ -1,11 +1,12 @@
 """Many small networks as one: the same arithmetic, fewer and larger kernels.
 
-Read `mlp.py` and `train.py` first. A stack of M networks is one network whose weights have a leading dimension M, and whose
-rows come in M equal blocks, block m for network m. Targets and weights of the losses are numbers per row, so members may
-differ in data, target, loss and seed; nothing they learn from mixes: the loss of the stack is the sum of theirs, Adam
-works element by element. So each member is the network that training it alone gives, but for rounding. On a CPU its
-predictions and gradients are the same bits; torch's fused Adam rounds the last n modulo 8 elements of a tensor, here of the
-last bias, otherwise than the rest. Thousands of steps make of that what they make of any rounding: two runs of one quality.
+Read `mlp.py` and `train.py` first. A stack of M networks is one network whose weights have a leading dimension M, and
+whose rows come in M equal blocks, block m for network m. Targets and weights of the losses are numbers per row, so
+members may differ in data, target, loss and seed; nothing they learn from mixes: the loss of the stack is the sum of
+theirs, Adam works element by element. So each member is the network that training it alone gives, but for rounding. On
+a CPU its predictions and gradients are the same bits; torch's fused Adam rounds the last n modulo 8 elements of a
+tensor, here of the last bias, otherwise than the rest. Thousands of steps make of that what they make of any rounding:
+two runs of one quality.
 
 Not here: what is trained (`losses.regression`), and with which settings (`train.py`).
 
@@ -22,7 +23,7 @@ def size(device):
 
 
 def interleave(members, batch_size):
-    """M tensors (n, ...) -> (n // batch_size, M * batch_size, ...): batches of each member's points, one block for each.
+    """M tensors (n, ...) -> (n // batch_size, M * batch_size, ...): batches of each member's points, a block for each.
 
     The n % batch_size points at the end are left out.
     """
@@ -31,7 +32,7 @@ def interleave(members, batch_size):
 
 
 def join(states):
-    """One state of a stack from those of its members: nested dicts of tensors (1, ...) -> (M, ...), numbers as they are."""
+    """A stack's state from those of its members: nested dicts of tensors (1, ...) -> (M, ...), numbers as they are."""
     first = states[0]
     if isinstance(first, dict):
         return {key: join([state[key] for state in states]) for key in first}
@@ -46,7 +47,7 @@ def member(state, i):
 
 
 def in_chunks(model, members, rows):
-    """The model, given about `rows` rows at a time, an equal part of each block: activations then fit in a CPU's cache."""
+    """The model, given about `rows` rows at a time, a part of each block: activations then fit in a CPU's cache."""
     def chunked(z, t):
         z, t = z.unflatten(0, (members, -1)), t.unflatten(0, (members, -1))
         size = max(1, rows // members)
@@ -59,8 +60,8 @@ def in_chunks(model, members, rows):
 def captured(step, model, optimizer, inputs):
     """step(*inputs) as a CUDA graph: one launch for all its kernels. Returns a function of tensors like `inputs`.
 
-    The result is overwritten by the next call. step changes model and optimizer, whose learning rate is a tensor; what the
-    warming up changes is put back, in place because the graph knows their addresses.
+    The result is overwritten by the next call. step changes model and optimizer, whose learning rate is a tensor; what
+    the warming up changes is put back, in place because the graph knows their addresses.
     """
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     inputs = [c.clone() for c in inputs]

@@ -1,8 +1,8 @@
 """Many runs and what is measured of them: trained, sampled and tested once, kept in files, never made twice.
 
-`reproduce.py` makes one Study of a call and hands it to every table and figure. Runs are kept under --runs, in a folder for each
-recipe; samples and likelihoods beside their run. What a table or figure used of a run is one line of runs.jsonl in the folder
-of its results: with --recorded they are made from those lines alone, without a network.
+`reproduce.py` makes one Study of a call and hands it to every table and figure. Runs are kept under --runs, in a folder
+for each recipe; samples and likelihoods beside their run. What a table or figure used of a run is one line of
+runs.jsonl in the folder of its results: with --recorded they are made from those lines alone, without a network.
 
 Not here: the tables and figures (`reproduce_thesis.py`, `reproduce_beyond.py`).
 """
@@ -28,7 +28,7 @@ from datasets2d import DATASETS
 
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]      # of samplers
-# How networks are trained, and with which losses: the thesis's range of t and stabiliser (ERRATA.md entry 8), or exact weights.
+# How networks are trained, and with which losses: the thesis's t and stabiliser (ERRATA.md entry 8), or exact weights.
 RECIPES = {
     "stabilised": (["--t-min", "1e-6", "--stabiliser", "0.01"], ["mse", "nelbo_stable"]),
     "exact":      ([], ["nelbo"]),
@@ -77,20 +77,23 @@ class Study:
         """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}."""
         options, names = RECIPES[recipe]
         root, args = Path(self.args.runs) / f"{recipe}-{self.args.epochs}-epochs", self.args
-        argv = ["--data", *data, "--target", *TARGETS, "--loss", *(chosen or names), *options, "--seeds", str(args.seeds),
-                "--epochs", str(args.epochs), "--out", str(root), "--device", args.device, "--resume"]
+        argv = ["--data", *data, "--target", *TARGETS, "--loss", *(chosen or names), *options,
+                "--seeds", str(args.seeds), "--epochs", str(args.epochs), "--out", str(root),
+                "--device", args.device, "--resume"]
         configs = settings.configs(train.parse(argv))
         keys = [tuple(config[name] for name in settings.NAMES) for config in configs]
         if args.recorded:
             return {key: self.from_record(recipe, key, config) for key, config in zip(keys, configs)}
         folders = [root / settings.name(config) for config in configs]
-        if not all((folder / "ckpt.pt").exists() and len(run.load(folder)["history"]) == args.epochs for folder in folders):
+        if not all((folder / "ckpt.pt").exists() and len(run.load(folder)["history"]) == args.epochs
+                   for folder in folders):
             train.main(argv)
         runs = {key: run.open(folder) for key, folder in zip(keys, folders)}
         for key, one in runs.items():
             one.recipe, last = recipe, one.history[-1]
-            self.note(recipe, key, config=one.config, seconds=last["seconds"], torch=one.checkpoint.get("torch", str(torch.__version__)),
-                      machine=run.device_name(self.device), curves={"test_loss": [h["test_loss"] for h in one.history]},
+            self.note(recipe, key, config=one.config, seconds=last["seconds"],
+                      torch=one.checkpoint.get("torch", str(torch.__version__)), machine=run.device_name(self.device),
+                      curves={"test_loss": [h["test_loss"] for h in one.history]},
                       optimum={name: last[name] for name in last if name.startswith("optimum")})
         return runs
 
@@ -122,9 +125,11 @@ class Study:
         """
         args, thesis, how = self.args, (sampler, grid) == ("ancestral", "t"), f"{sampler} {grid} {steps}"
         if args.recorded:
-            return {key: self.with_floor(key[0], self.recorded(one.recipe, key, "samples"), how) for key, one in runs.items()}
-        folder = lambda key: runs[key].folder / "-".join([f"steps-{steps}"] + [str(args.num_samples)] * (args.num_samples != 10_000)
-                                                         + [sampler, grid] * (not thesis))
+            return {key: self.with_floor(key[0], self.recorded(one.recipe, key, "samples"), how)
+                    for key, one in runs.items()}
+        folder = lambda key: runs[key].folder / "-".join(
+            [f"steps-{steps}"] + [str(args.num_samples)] * (args.num_samples != 10_000)
+            + [sampler, grid] * (not thesis))
 
         def current(key):
             made = folder(key) / "metrics.json"
@@ -143,12 +148,14 @@ class Study:
                     if thesis:
                         kind_points.save(made, one, x, **facts)
                     else:
-                        run.write(made / "metrics.json", json.dumps(kind_points.describe(one, x, **facts), indent=2).encode())
+                        run.write(made / "metrics.json",
+                                  json.dumps(kind_points.describe(one, x, **facts), indent=2).encode())
                 done += len(group.members)
                 left = (time.perf_counter() - start) / done * (len(missing) - done)
-                print(f"sampling in {steps} steps, {sampler}, grid {grid}: {done} of {len(missing)} networks, {left:.0f} s left",
-                      flush=True)
-        results = {key: {**json.loads((folder(key) / "metrics.json").read_text()), "folder": folder(key)} for key in runs}
+                print(f"sampling in {steps} steps, {sampler}, grid {grid}: {done} of {len(missing)} networks, "
+                      f"{left:.0f} s left", flush=True)
+        results = {key: {**json.loads((folder(key) / "metrics.json").read_text()), "folder": folder(key)}
+                   for key in runs}
         for key, result in results.items():
             self.note(runs[key].recipe, key, samples={how: [result[name] for name in KEPT]})
         return results
@@ -158,11 +165,12 @@ class Study:
         if how not in samples:
             raise SystemExit(f"no samples '{how}' in runs.jsonl - leave out --recorded to draw what is missing")
         floors, log_density = kind_points.floor(data, self.args.num_samples)
-        return (dict(zip(KEPT, samples[how])) | {f"{name}_floor": {"mean": mean, "std": std} for name, (mean, std) in floors.items()}
+        return (dict(zip(KEPT, samples[how]))
+                | {f"{name}_floor": {"mean": mean, "std": std} for name, (mean, std) in floors.items()}
                 | {"log_density_data": log_density, "seconds": 0.0})
 
     def likelihoods(self, runs):
-        """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-....json."""
+        """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-*."""
         if self.args.recorded:
             return {key: self.recorded(one.recipe, key, "likelihood") for key, one in runs.items()}
         n, start, done = min(self.args.num_samples // 4, kind_points.POINTS), time.perf_counter(), 0
@@ -179,7 +187,8 @@ class Study:
             gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
             result = {name: likelihood.mean_and_error(values) for name, values in (terms | gaps).items()}
             lost = (gaps["exact gap"] > 100).sum().item()
-            run.write(path(key), json.dumps(result | {"exact median": gaps["exact gap"].median().item(), "lost": lost}).encode())
+            run.write(path(key), json.dumps(result | {"exact median": gaps["exact gap"].median().item(),
+                                                      "lost": lost}).encode())
             done += 1
             left = (time.perf_counter() - start) / done * (len(missing) - done)
             print(f"likelihood: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
@@ -189,7 +198,10 @@ class Study:
         return results
 
     def exact_nelbo(self, runs, key, best):
-        """Exact NELBO of a run on `nelbo_points` -> its mean, the standard error of mean minus the optimum; best: of the optimum."""
+        """Exact NELBO of a run on `nelbo_points` -> its mean, the standard error of mean minus optimum.
+
+        best: the terms of the optimum.
+        """
         if self.args.recorded:
             return self.recorded(runs[key].recipe, key, "nelbo")
         model = kind_points.in_chunks(runs[key].model())
@@ -201,10 +213,10 @@ class Study:
 
 @functools.cache
 def nelbo_points(data, t_min=1e-3):
-    """The points on which every model of a dataset is tested: z, eps (200,000, 2), t (200,000,) uniform in log-SNR, a factor.
+    """The 200,000 points on which every model of a dataset is tested: z, t (uniform in log-SNR), eps, and a factor.
 
-    The exact NELBO, the mean of -1/2 dlogsnr/dt (eps_hat - eps)^2 over t ~ U(t_min, 1 - t_min), is the factor times the mean
-    of the squared error alone when log-SNR is uniform: the weight is gone, and most of the variance (VDM 4.6).
+    The exact NELBO, the mean of -1/2 dlogsnr/dt (eps_hat - eps)^2 over t ~ U(t_min, 1 - t_min), is the factor times the
+    mean of the squared error alone when log-SNR is uniform: the weight is gone, and most of the variance (VDM 4.6).
     """
     schedule, g = ddpm.SCHEDULES["cosine"], run.generator("cpu", "judge", data)
     x = DATASETS[data].sample(4 * kind_points.POINTS, g)
@@ -232,7 +244,7 @@ def cell(values):
 
 
 def gaps(results):
-    """Mean log-density of samples under the data's density minus that of the data, in nats: more than 0 is too sharp."""
+    """Mean log-density of samples under the data's density minus that of the data, in nats: above 0 is too sharp."""
     return [result["log_density"] - result["log_density_data"] for result in results]
 
 

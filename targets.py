@@ -1,11 +1,13 @@
 r"""What the network predicts: data x, noise eps, velocity v, score s, flow u (thesis 3.1.4 - 3.3).
 
-Read `ddpm.py` first. Every target is one row of a table, y = a x + b eps. Together with z = alpha x + sigma eps that is
-a 2x2 linear system for (x, eps), so one solve gives x_hat and eps_hat from any prediction, for every schedule:
+Read `ddpm.py` first. Every target is one row of a table, y = a x + b eps. Together with
+z = alpha x + sigma eps that is a 2x2 linear system for (x, eps), so one solve gives x_hat and
+eps_hat from any prediction, for every schedule:
 
     det = alpha b - sigma a,    x = (b z - sigma y) / det,    eps = (alpha y - a z) / det
 
-and an error in y is an error in x times -det / sigma, and an error in eps times det / alpha: all that `losses.py` needs.
+and an error in y is an error in x times -det / sigma, and an error in eps times det / alpha: all
+that `losses.py` needs.
 
 Not here: how the errors are weighed (`losses.py`).
 
@@ -13,20 +15,22 @@ Not here: how the errors are weighed (`losses.py`).
 """
 import torch
 
-# Each row maps (alpha, sigma, d) to (a, b) of y = a x + b eps. d stabilises the score, ERRATA.md entry 8.
+# Each row maps (alpha, sigma, d) to (a, b) of y = a x + b eps.
+# d stabilises the score, -eps / sigma where d = 0 (ERRATA.md entry 8).
 TARGETS = {
     "x":   lambda alpha, sigma, d: (1.0, 0.0),                          # data, 3.1.4
     "eps": lambda alpha, sigma, d: (0.0, 1.0),                          # noise, 3.1.5
     "v":   lambda alpha, sigma, d: (-sigma, alpha),                     # velocity, Eq. (3.55)
-    "s":   lambda alpha, sigma, d: (0.0, -sigma / (sigma**2 + d)),      # score, Eq. (3.53): -eps / sigma if d = 0
-    "u":   lambda alpha, sigma, d: (-1.0, 1.0),                         # flow, eps - x (Lipman et al. 2023)
+    "s":   lambda alpha, sigma, d: (0.0, -sigma / (sigma**2 + d)),      # score, Eq. (3.53)
+    "u":   lambda alpha, sigma, d: (-1.0, 1.0),                         # flow (Lipman et al. 2023)
 }
 
 
 def coefficients(target, alpha, sigma, stabiliser=0.0):
-    """Return (a, b) of y = a x + b eps, tensors of alpha's shape. Raises ValueError for an unknown target.
+    """Return (a, b) of y = a x + b eps, tensors of alpha's shape; ValueError: an unknown target.
 
-    stabiliser is the thesis's d in the denominator of the score, -sigma eps / (sigma^2 + d); the others ignore it.
+    stabiliser is the thesis's d in the denominator of the score, -sigma eps / (sigma^2 + d); the
+    others ignore it.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
@@ -35,22 +39,26 @@ def coefficients(target, alpha, sigma, stabiliser=0.0):
 
 
 def determinant(target, alpha, sigma, stabiliser=0.0):
-    """alpha b - sigma a: x_hat - x = -(sigma / det) (y_hat - y) and eps_hat - eps = (alpha / det) (y_hat - y)."""
+    """The determinant alpha b - sigma a of a target's row and z's.
+
+    x_hat - x = -(sigma / det) (y_hat - y) and eps_hat - eps = (alpha / det) (y_hat - y).
+    """
     a, b = coefficients(target, alpha, sigma, stabiliser)
     return alpha * b - sigma * a
 
 
 def to_x(target, y, z, alpha, sigma, stabiliser=0.0):
-    """x from the target (or x_hat from a prediction) y and z = alpha x + sigma eps; all broadcastable -> y's shape.
+    """x from the target (or x_hat from a prediction) y and z = alpha x + sigma eps -> y's shape.
 
-    eps: (z - sigma eps) / alpha, 3.1.5; s: (z + sigma^2 s) / alpha, Eq. (3.49); v: alpha z - sigma v, Eq. (3.58).
+    All are broadcastable. For eps it is (z - sigma eps) / alpha, 3.1.5; for s
+    (z + sigma^2 s) / alpha, Eq. (3.49); for v alpha z - sigma v, Eq. (3.58).
     """
     a, b = coefficients(target, alpha, sigma, stabiliser)
     return (b * z - sigma * y) / (alpha * b - sigma * a)
 
 
 def to_eps(target, y, z, alpha, sigma, stabiliser=0.0):
-    """eps from the target (or eps_hat from a prediction) y and z = alpha x + sigma eps -> y's shape."""
+    """eps from the target (eps_hat from a prediction) y and z = alpha x + sigma eps, as `to_x`."""
     a, b = coefficients(target, alpha, sigma, stabiliser)
     return (alpha * y - a * z) / (alpha * b - sigma * a)
 
@@ -65,4 +73,5 @@ if __name__ == "__main__":
         a, b = coefficients(target, alpha, sigma)
         det = determinant(target, alpha, sigma)
         print(f"{target:4s}a                 {row(a)}\n    b                 {row(b)}")
-        print(f"    x error / y error {row(-sigma / det)}\n    eps err / y error {row(alpha / det)}")
+        print(f"    x error / y error {row(-sigma / det)}\n"
+              f"    eps err / y error {row(alpha / det)}")

@@ -6,9 +6,9 @@
     python train.py --target eps --loss mse --resume       # goes on after a kill, ends in the same weights
 
 Writes runs/<data>-<target>-<loss>-s<seed>/ with ckpt.pt, config.json, metrics.jsonl and a figure. Noise, times and
-batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws. The loops are
-in `train_points.py` (as stacks, see `stack.py`) and in `train_images.py` (one after the other; torchrun for several GPUs),
-the settings in `settings.py`.
+batches are functions of (seed, step): runs of one seed differ in their target and loss, not in their draws. The loops
+are in `train_points.py` (as stacks, see `stack.py`) and in `train_images.py` (one after the other; torchrun for several
+GPUs), the settings in `settings.py`.
 """
 import argparse
 import itertools
@@ -34,8 +34,8 @@ def data_name(text):
     """An argparse type: a 2D dataset, a dataset of images or a folder of images."""
     if text in DATASETS or text in images.IMAGES or Path(text).is_dir():
         return text
-    raise argparse.ArgumentTypeError(f"unknown data {text!r}: choose from {', '.join([*DATASETS, *images.IMAGES])}, or give "
-                                     "the path of a folder of images")
+    raise argparse.ArgumentTypeError(f"unknown data {text!r}: choose from {', '.join([*DATASETS, *images.IMAGES])}, "
+                                     "or give the path of a folder of images")
 
 
 def parse(argv):
@@ -44,15 +44,19 @@ def parse(argv):
                                      usage="python train.py [options], see --help")
     group = parser.add_argument_group("what to train (several values: all combinations)")
     group.add_argument("--data", nargs="+", type=data_name, default=["rings"],
-                       help=f"2D: {', '.join(DATASETS)}; images: {', '.join(images.IMAGES)} or a folder of them (rings)")
+                       help=f"2D: {', '.join(DATASETS)}; "
+                            f"images: {', '.join(images.IMAGES)} or a folder of them (rings)")
     group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
-    group.add_argument("--loss", nargs="+", choices=losses.LOSSES, default=["mse"], help="how its errors are weighed (mse)")
-    group.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of weights, data, batches and noise (0)")
+    group.add_argument("--loss", nargs="+", choices=losses.LOSSES, default=["mse"],
+                       help="how its errors are weighed (mse)")
+    group.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0,
+                       help="of weights, data, batches and noise (0)")
     group.add_argument("--seeds", type=settings.number(int, 1), default=1, help="so many seeds, from --seed on (1)")
     settings.add_arguments(parser)
     group = parser.add_argument_group("where it runs and where it goes")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    group.add_argument("--stack", type=settings.number(int, 1), help="2D networks trained at once (8 on a CPU, else 96)")
+    group.add_argument("--stack", type=settings.number(int, 1),
+                       help="2D networks trained at once (8 on a CPU, else 96)")
     group.add_argument("--out", default="runs", help="folder of all runs (runs)")
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with these runs")
     group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start them again")

@@ -1,8 +1,8 @@
 """The training loop for images: AdamW with warm-up, clipped gradients, EMA, bf16, several GPUs (thesis 4.4.4).
 
-`train.py` calls it; read that first, then `unet.py` and `images.py`. Loss, target and schedule are those of the points. What
-step i trains on, its images, flips, times and noise, is a function of (seed, i): a run that was killed goes on exactly,
-and N processes, each with its part of the batch, do what one does with all of it.
+`train.py` calls it; read that first, then `unet.py` and `images.py`. Loss, target and schedule are those of the points.
+What step i trains on, its images, flips, times and noise, is a function of (seed, i): a run that was killed goes on
+exactly, and N processes, each with its part of the batch, do what one does with all of it.
 
 Not here: sampling and FID (`sample.py`, `metrics.py`).
 """
@@ -46,7 +46,7 @@ def order(seed, epoch, n, device):
 
 
 def batch(data, step, config):
-    """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the device of the images.
+    """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the images' device.
 
     An epoch goes through the images in an order of its own and leaves out the last, smaller batch.
     """
@@ -63,18 +63,20 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
               compiled=False, on_step=lambda *facts: None):
     """Train one network on images until it has done `steps` steps or `minutes`; returns its last history entry.
 
-    sets: uint8 images to train and to test on. state: checkpoint to go on from, or None. on_step(step, loss, seconds) is
-    called at every step, on the first process. Writes ckpt.pt and metrics.jsonl at every test and between them about once a
-    minute; samples-<step>.png every `grid_every` steps and at the end. The history is of the averaged weights but for the
-    losses in training. SystemExit at the first loss that is not finite, with the last checkpoint kept.
+    sets: uint8 images to train and to test on. state: checkpoint to go on from, or None. on_step(step, loss, seconds)
+    is called at every step, on the first process. Writes ckpt.pt and metrics.jsonl at every test and between them about
+    once a minute; samples-<step>.png every `grid_every` steps and at the end. The history is of the averaged weights
+    but for the losses in training. SystemExit at the first loss that is not finite, with the last checkpoint kept.
     """
     rank, world = run.processes()
-    channels_last = {"memory_format": torch.channels_last} if device.type == "cuda" else {}    # on a CPU GroupNorm is slow in it
+    # on a CPU GroupNorm is slow in it
+    channels_last = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
     model, objective = model.to(**channels_last), losses.objective(config)
     data, test = sets[0].to(device), sets[1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
     ema = copy.deepcopy(model)
-    step, history, recent, seconds = 0, [], [], 0.0        # recent: (loss, norm of the gradient, errors, t, importance) since the last test
+    # recent: (loss, norm of the gradient, errors, t, importance) since the last test
+    step, history, recent, seconds = 0, [], [], 0.0
     if state:
         for part, key in (model, "model"), (ema, "ema"), (optimizer, "optimizer"):
             part.load_state_dict(state[key])
@@ -83,7 +85,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             moments |= {key: torch.empty_like(weight).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
         recent = list(zip(*(column.to(device) for column in state["recent"])))
         if recent and len(recent[0][2]) != config["batch_size"] // world:
-            recent = []                                    # of another number of processes: their parts have other sizes
+            recent = []                                    # of another number of processes: their parts differ in size
     average, mine = list(ema.parameters()), slice(rank, None, world)
     network = DistributedDataParallel(model) if world > 1 else model
     network = torch.compile(network) if compiled else network
@@ -92,10 +94,11 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         return [torch.stack(column) for column in zip(*recent)]
 
     def check():
-        bad = (~torch.stack(columns()[:2]).isfinite().all(0)).nonzero() if recent else []    # a bad gradient spoils the weights
+        # a bad gradient spoils the weights
+        bad = (~torch.stack(columns()[:2]).isfinite().all(0)).nonzero() if recent else []
         if len(bad):
-            raise SystemExit(f"{folder}: the loss is not finite at step {step - len(recent) + bad[0].item()} - lower --lr or "
-                             "raise --t-min; what was saved before is kept")
+            raise SystemExit(f"{folder}: the loss is not finite at step {step - len(recent) + bad[0].item()} - "
+                             "lower --lr or raise --t-min; what was saved before is kept")
 
     def save():
         if rank == 0:
@@ -137,10 +140,13 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             loss, norm, errors, t, importance = columns()
             if world > 1:
                 distributed.all_reduce(loss)
-            entry = dict(step=step, epoch=step * config["batch_size"] / len(data), train_loss=loss.mean().item() / world,
-                         gradient_norm=norm.mean().item(), **kind_images.test(ema, test, config, device))
-            over_t = losses.over_t(errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten()).tolist()
-            entry["train_loss_over_t"] = [float(f"{value:.5g}") if value == value else None for value in over_t]      # nan where no t fell
+            entry = dict(step=step, epoch=step * config["batch_size"] / len(data),
+                         train_loss=loss.mean().item() / world, gradient_norm=norm.mean().item(),
+                         **kind_images.test(ema, test, config, device))
+            over_t = losses.over_t(
+                errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten()).tolist()
+            # nan where no t fell
+            entry["train_loss_over_t"] = [float(f"{value:.5g}") if value == value else None for value in over_t]
             seconds = time.perf_counter() - start
             history.append(entry | dict(seconds=round(seconds, 3)))
             recent, due = [], True
@@ -149,8 +155,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             save()
             saved = time.perf_counter()
         if rank == 0 and (step % grid_every == 0 or over):
-            samples = kind_images.draw(ema, (64, *data.shape[1:]), GRID_STEPS, config, run.generator(device, config["seed"], "grid"),
-                           max(config["t_min"], 1e-3))
+            samples = kind_images.draw(ema, (64, *data.shape[1:]), GRID_STEPS, config,
+                                       run.generator(device, config["seed"], "grid"), max(config["t_min"], 1e-3))
             images.save_png(images.grid(samples.cpu(), 8), folder / f"samples-{step}.png")
     return history[-1]
 
@@ -175,13 +181,14 @@ def progress(config, steps, minutes):
 
 
 def train(args, device):
-    """Train all runs that the arguments of train.py ask for, one after the other; in every process that torchrun started."""
+    """Train all runs that the arguments of train.py ask for, one by one; in every process that torchrun started."""
     rank, world = run.processes(device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if args.batch_size % world:
-        raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - make it a multiple")
+        raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - "
+                         "make it a multiple")
     precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     runs, splits, names = [], {}, list(dict.fromkeys(args.data))
     for name in names:
@@ -192,7 +199,8 @@ def train(args, device):
             if world > 1:
                 distributed.barrier()
         if len(splits[name][0]) < args.batch_size:
-            raise SystemExit(f"{name} has {len(splits[name][0])} images to train on, less than a batch - lower --batch-size")
+            raise SystemExit(f"{name} has {len(splits[name][0])} images to train on, less than a batch - "
+                             "lower --batch-size")
         args.data, shape = [name], list(splits[name][0].shape[1:])
         runs += settings.configs(args, shape=shape, flip=shape[0] == 3, precision=precision)
     if rank == 0:                                          # before any is trained
@@ -212,17 +220,20 @@ def train(args, device):
             torch.manual_seed(config["seed"])
             model = kind_images.build_model(config).to(device)
             if rank == 0:
-                print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data[0]):,} images of "
-                      f"{'x'.join(map(str, config['shape']))}, {steps:,} steps in {precision} on {run.device_name(device)}"
-                      + (f", after step {state['step']:,}" if state else ""), flush=True)
-            last = train_run(folder, config, state, device, model, data, steps, limit["minutes"], args.test_every, args.grid_every,
+                print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data[0]):,} images "
+                      f"of {'x'.join(map(str, config['shape']))}, {steps:,} steps in {precision} on "
+                      f"{run.device_name(device)}" + (f", after step {state['step']:,}" if state else ""), flush=True)
+            last = train_run(folder, config, state, device, model, data, steps, limit["minutes"],
+                             args.test_every, args.grid_every,
                              args.compile if args.compile is not None else device.type == "cuda",
                              progress(config, steps, limit["minutes"]))
         if args.minutes < math.inf:                        # so that runs of one call are trained equally long
             limit = dict(minutes=math.inf, steps=last["step"])
         if rank == 0:
-            tests = ", ".join(f"{key.removeprefix('test_')} {value:.4g}" for key, value in last.items() if key.startswith("test_"))
-            print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; {last['seconds']:.0f} s")
+            tests = ", ".join(f"{key.removeprefix('test_')} {value:.4g}" for key, value in last.items()
+                              if key.startswith("test_"))
+            print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; "
+                  f"{last['seconds']:.0f} s")
     if rank == 0:
         print("next: " + run.command("sample.py", "--ckpt", str(folder), "--steps 500"))
     if world > 1:                                          # together: one that left earlier would abort at exit

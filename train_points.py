@@ -1,7 +1,7 @@
 """The training loop for points: one network, or a stack of many at once (thesis 4.4).
 
-`train.py` calls it; read that first, then `losses.py` and `stack.py`. Every draw is a function of (seed, step): runs of one
-seed differ in their target and loss, not in their draws, and a run that was killed goes on exactly.
+`train.py` calls it; read that first, then `losses.py` and `stack.py`. Every draw is a function of (seed, step): runs of
+one seed differ in their target and loss, not in their draws, and a run that was killed goes on exactly.
 
 Not here: images (`train_images.py`).
 """
@@ -36,7 +36,7 @@ def build_step(model, optimizer, members):
     def step(z, t, y, w):
         errors = losses.weighted_error(model(z, t), y, w)
         optimizer.zero_grad()
-        errors.unflatten(0, (members, -1)).mean(1).sum().backward()    # members share nothing: a sum of M separate losses
+        errors.unflatten(0, (members, -1)).mean(1).sum().backward()    # members share nothing: a sum of separate losses
         optimizer.step()
         return errors.detach()
     return step
@@ -54,8 +54,8 @@ def ready_step(model, optimizer, members, batch_size):
 def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
     """One pass of every network of a stack over its own data, a list of (n, 2), in random order.
 
-    Every draw is a function of (seed, step), and members of one set and seed share it. step: `build_step`, perhaps captured.
-    Returns losses (steps, M) and the loss over t (M, 20), both of the networks as they were in training.
+    Every draw is a function of (seed, step), and members of one set and seed share it. step: `build_step`, perhaps
+    captured. Returns losses (steps, M) and the loss over t (M, 20), both of the networks as they were in training.
     """
     shared, device = configs[0], data[0].device
     batch_size = shared["batch_size"]
@@ -67,14 +67,15 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
             order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", epoch)).to(device)
             g = run.generator(device, seed, "noise", epoch)
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, 2)
-            t, importance = losses.draw_t((steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
+            t, importance = losses.draw_t(
+                (steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
             draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
     batches = []
     for config in configs:
         x, t, eps, importance = draws[config["seed"], config["data"]]
         z, y, w = losses.regression(x, t, eps, **losses.objective(config))
         batches.append((z, t, y, w * importance, importance))
-    z, t, y, w, importance = (stack.interleave(c, batch_size) for c in zip(*batches))       # (steps, M * batch_size, ...)
+    z, t, y, w, importance = (stack.interleave(c, batch_size) for c in zip(*batches))       # (steps, M * B, ...)
 
     errors = torch.empty_like(t)
     for i in range(steps):
@@ -86,22 +87,22 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
         on_step()
     errors, t, importance = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t, importance))
     over_t = losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"], importance=importance.flatten(1))
-    return errors.mean(2).T, over_t                                                         # errors are (M, steps, batch_size)
+    return errors.mean(2).T, over_t                                                         # errors (M, steps, batch)
 
 
 def train_stack(runs, device, on_step, on_epoch):
-    """Train runs with equally many finished epochs to the end, as one stack. runs: [(folder, config, checkpoint or None)].
+    """Train runs, [(folder, config, checkpoint or None)], with equally many finished epochs to the end, as one stack.
 
-    They differ in data, target, loss and seed only. Writes their folders after every epoch, or where that would take long
-    after some seconds. A member whose loss is not finite is left at its last checkpoint. Returns a sentence for each of those.
-    on_epoch(epoch, mean train loss, mean test loss).
+    They differ in data, target, loss and seed only. Writes their folders after every epoch, or where that would take
+    long after some seconds. A member whose loss is not finite is left at its last checkpoint. Returns a sentence for
+    each of those. on_epoch(epoch, mean train loss, mean test loss).
     """
     folders, configs, states = zip(*runs)
     shared, members = configs[0], len(runs)
     histories = [list(state["history"]) if state else [] for state in states]
     diverged = {}                          # member: the step from which its loss is not finite
 
-    # Data live on the device, one tensor for each dataset and seed. Test points, times and noise are the same in every run.
+    # Data live on the device, a tensor for each dataset and seed. Test points, times and noise are those of every run.
     points = {(config["data"], config["seed"]): config for config in configs}
     points = {key: kind_points.load(config, "train").to(device) for key, config in points.items()}
     data = [points[config["data"], config["seed"]] for config in configs]
@@ -128,7 +129,7 @@ def train_stack(runs, device, on_step, on_epoch):
         start = time.perf_counter()
         train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
         test_losses = kind_points.test(model, *inputs, weights)
-        finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: each step would wait for CUDA
+        finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: it waits for CUDA
         for m in (~finite.all(0)).nonzero().flatten().tolist():
             diverged.setdefault(m, epoch * steps + finite[:-1, m].long().cumprod(0).sum().item())
         if len(diverged) == members:
@@ -149,15 +150,16 @@ def train_stack(runs, device, on_step, on_epoch):
                 if m in diverged:
                     continue
                 run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
-                run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m), history=history,
+                run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m),
+                                                  history=history,
                                                   optimizer=stack.member(optimizer.state_dict()["state"], m)))
             saved_at = time.perf_counter()
             saving = saved_at - start
         on_epoch(epoch + 1, sum(train_losses) / members, sum(losses[0] for losses in test_losses) / members)
 
     kept = lambda folder: len(run.load(folder)["history"]) if (folder / "ckpt.pt").exists() else 0
-    return [f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; {kept(folders[m])} "
-            "finished epochs are kept" for m, step in diverged.items()]
+    return [f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; "
+            f"{kept(folders[m])} finished epochs are kept" for m, step in diverged.items()]
 
 
 def train(args, device):
@@ -175,7 +177,8 @@ def train(args, device):
     steps, terminal, start = kind_points.POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
     before = sum(finished(run) for run in runs) * steps
     done, failures = before, []
-    with tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal, smoothing=0) as bar:
+    with tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal,
+              smoothing=0) as bar:
         say = bar.write if terminal else functools.partial(print, flush=True)
         for number, group in enumerate(stacks, 1):
             say(f"{group[0][0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else "")
@@ -185,8 +188,9 @@ def train(args, device):
 
             def on_epoch(epoch, train_loss, test_loss):
                 nonlocal done
-                done += steps * len(group)                                                      # noqa: B023 - called in this turn
-                line = f"epoch {epoch:3d}" + (f"  train {train_loss:.4f}  test {test_loss:.4f}" if len(group) == 1 else "")  # noqa: B023
+                done += steps * len(group)                                                      # noqa: B023
+                line = f"epoch {epoch:3d}" + (f"  train {train_loss:.4f}  test {test_loss:.4f}"
+                                              if len(group) == 1 else "")                       # noqa: B023
                 spent = time.perf_counter() - start
                 left = spent / (done - before) * (bar.total - done)
                 if terminal:
@@ -202,8 +206,8 @@ def train(args, device):
         last = (history := run.load(folder)["history"])[-1]
         if not (folder / "loss.png").exists():
             plots.loss_curve(history, config, folder / "loss.png")
-        print(f"{folder}: test loss {last['test_loss']:.4f}, best possible {last['optimum']:.4f}; "
-              f"NELBO {last['test_nelbo']:.3f}, best possible {last['optimum_nelbo']:.3f} nats per dimension; "
+        print(f"{folder}: test loss {last['test_loss']:.4f} (best possible {last['optimum']:.4f}), "
+              f"NELBO {last['test_nelbo']:.3f} ({last['optimum_nelbo']:.3f}) nats per dimension, "
               f"{last['seconds']:.0f} s")
-    print("next: " + run.command("sample.py", "--ckpt", *(str(folder) for folder, _, _ in runs[:3]), *["..."] * (len(runs) > 3),
-                                 "--steps 512"))
+    print("next: " + run.command("sample.py", "--ckpt", *(str(folder) for folder, _, _ in runs[:3]),
+                                 *["..."] * (len(runs) > 3), "--steps 512"))

@@ -2,10 +2,10 @@
 
 Read `targets.py` first: the network predicts any of its rows, and nothing in it depends on which. Two presets:
 
-    ddpm    the CIFAR-10 network of Ho et al. 2020: 128 channels times 1-2-2-2, 2 layers a block, attention at 16 x 16 and
-            in the middle; every layer's output is handed over to the way up. 35.7 M parameters
-    thesis  4.2.1: four down, three mid and four up blocks, 6 layers a block, attention everywhere; every down block hands
-            over one output. 64 channels times 1-2-2-2: the thesis does not print its channels
+    ddpm    the CIFAR-10 network of Ho et al. 2020: 128 channels times 1-2-2-2, 2 layers a block, attention at 16 x 16
+            and in the middle; every layer's output is handed over to the way up. 35.7 M parameters
+    thesis  4.2.1: four down, three mid and four up blocks, 6 layers a block, attention everywhere; every down block
+            hands over one output. 64 channels times 1-2-2-2: the thesis does not print its channels
 
 Not here: several in one (`stack.py`); precision and memory layout (`train_images.py`).
 
@@ -20,8 +20,10 @@ from torch.nn import functional as F
 import ddpm
 
 PRESETS = {
-    "ddpm":   dict(channels=128, channel_mult=[1, 2, 2, 2], layers=2, mid_blocks=1, attention=[16], skips="layer"),
-    "thesis": dict(channels=64, channel_mult=[1, 2, 2, 2], layers=6, mid_blocks=3, attention=[32, 16, 8, 4, 2], skips="block"),
+    "ddpm":   dict(channels=128, channel_mult=[1, 2, 2, 2], layers=2, mid_blocks=1, attention=[16],
+                   skips="layer"),
+    "thesis": dict(channels=64, channel_mult=[1, 2, 2, 2], layers=6, mid_blocks=3, attention=[32, 16, 8, 4, 2],
+                   skips="block"),
 }
 
 
@@ -30,7 +32,7 @@ def conv(n_in, n_out, size=3, stride=1):
 
 
 def norm(n):
-    """GroupNorm with 32 groups, fewer where those had less than 4 channels: with one it would undo what time adds to it."""
+    """GroupNorm with 32 groups, fewer where those had less than 4 channels: with one it would undo what time adds."""
     groups = max(g for g in range(1, 33) if n % g == 0 and (g == 1 or n >= 4 * g))
     return nn.GroupNorm(groups, n, eps=1e-6)
 
@@ -43,15 +45,17 @@ def zero(layer):
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) in [0, 1] -> (B, 4 * channels): sinusoids of 1000 t, linear, SiLU, linear (Fig. 4.6; Vaswani et al. 2017)."""
+    """t (B,) -> (B, 4 * channels): sinusoids of 1000 t, linear, SiLU, linear (Fig. 4.6; Vaswani et al. 2017)."""
 
     def __init__(self, channels):
         super().__init__()
         self.half = channels // 2
-        self.mlp = nn.Sequential(nn.Linear(2 * self.half, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+        self.mlp = nn.Sequential(nn.Linear(2 * self.half, 4 * channels), nn.SiLU(),
+                                 nn.Linear(4 * channels, 4 * channels))
 
     def forward(self, t):
-        frequencies = torch.exp(-math.log(10_000) / (self.half - 1) * torch.arange(self.half, device=t.device, dtype=t.dtype))
+        frequencies = torch.exp(-math.log(10_000) / (self.half - 1)
+                                * torch.arange(self.half, device=t.device, dtype=t.dtype))
         angles = 1000 * t[:, None] * frequencies                                            # from 1000 t down to t / 10
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 
@@ -197,7 +201,8 @@ def flop(model, shape):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # torch 2.11 counts no fused one
+    # torch 2.11 counts no fused attention
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device))
     return counter.get_total_flops()
 
@@ -206,6 +211,6 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         model = UNet(**preset)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{flop(model, (3, 32, 32)) / 1e9:.2f} GFLOP forward for a image of 32 x 32")
+              f"{flop(model, (3, 32, 32)) / 1e9:.2f} GFLOP forward for an image of 32 x 32")
         for part in "time", "input", "down", "mid", "up", "output":
             print(f"    {part:7s} {sum(p.numel() for p in getattr(model, part).parameters()):12,}")

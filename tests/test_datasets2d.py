@@ -1,4 +1,4 @@
-"""The 2D sets against torch.distributions, autograd, brute-force integration and their descriptions."""
+"""The 2D datasets against torch.distributions, autograd, brute-force integration and their descriptions."""
 import math
 
 import pytest

@@ -158,7 +158,8 @@ def test_posterior_at_the_ends():
 
 @every_schedule
 def test_the_sde_has_the_marginals_of_the_process(name):
-    """dz = f z dt + g dw: alpha' = f alpha and d sigma^2 = 2 f sigma^2 + g^2, by autograd of the textbook alpha and sigma."""
+    """dz = f z dt + g dw: alpha' = f alpha and d sigma^2 = 2 f sigma^2 + g^2, by autograd of the textbook alpha and
+    sigma."""
     schedule, t = SCHEDULES[name], T[3:-3].clone().requires_grad_()
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     dalpha, dvar = (torch.autograd.grad(c.sum(), t, retain_graph=True)[0] for c in (alpha + 0 * t, sigma**2))

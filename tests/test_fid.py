@@ -94,7 +94,8 @@ def test_frechet_distance_of_commuting_gaussians():
 
 
 def test_frechet_distance_of_gaussians_that_do_not_commute():
-    """The map x -> m x with m symmetric and positive is optimal from N(0, S) to N(0, m S m): Tr (Sx Sy)^(1/2) = Tr (S m)."""
+    """The map x -> m x with m symmetric and positive is optimal from N(0, S) to N(0, m S m):
+    Tr (Sx Sy)^(1/2) = Tr (S m)."""
     a, b = normal(6, 6, seed=4), normal(6, 6, seed=5)
     cov, m, zero = a @ a.T, b @ b.T + torch.eye(6).double(), torch.zeros(6).double()
     other = m @ cov @ m
@@ -111,7 +112,8 @@ def test_frechet_distance_of_gaussians_that_do_not_commute():
 
 
 def test_frechet_distance_of_covariances_of_low_rank():
-    """Fewer points than dimensions: Tr (Sx Sy)^(1/2) is the nuclear norm of the points' products, no covariance formed."""
+    """Fewer points than dimensions: Tr (Sx Sy)^(1/2) is the nuclear norm of the points' products, no covariance
+    formed."""
     x, y = normal(40, 300, seed=1), 2 * normal(1000, 300, seed=2) @ rotation(300, 3)
     a, b = x - x.mean(0), y - y.mean(0)
     trace_root = torch.linalg.matrix_norm(a @ b.T, "nuc") / (39 * 999)**0.5
@@ -152,7 +154,8 @@ def test_fid_of_two_folders_is_pytorch_fids(hub, sets, reference, read_folder, t
     assert f"{a} (n = 66)" in out and f"{b} (n = 70)" in out and "64 features" in out
 
 
-def test_reference_statistics_are_made_once_for_us_and_pytorch_fid(model, sets, reference, tmp_path, capsys, monkeypatch):
+def test_reference_statistics_are_made_once_for_us_and_pytorch_fid(model, sets, reference, tmp_path, capsys,
+                                                                   monkeypatch):
     grey, colour = sets.values()
     path, calls = tmp_path / "new/grey.npz", []
     x, again = (metrics.reference_statistics(path, lambda: calls.append(1) or grey, model, 4) for _ in range(2))
@@ -191,7 +194,8 @@ def test_bad_statistics_end_in_one_sentence(model, tmp_path):
 
 def test_too_few_images_are_refused(model, tmp_path):
     metrics.enough_images(2048)
-    with pytest.raises(SystemExit, match="2,047 are too few: .* 2,048 features is singular and FID is mostly bias - take"):
+    with pytest.raises(SystemExit, match="2,047 are too few: .* 2,048 features is singular and FID is mostly bias - "
+                                         "take"):
         metrics.enough_images(2047)
     images = torch.zeros(63, 1, 4, 4, dtype=torch.uint8)
     with pytest.raises(SystemExit, match="63 are too few"):              # of the model's 64 features
@@ -242,13 +246,19 @@ def test_damaged_weights_end_in_one_sentence_and_run_nothing(hub, tmp_path, monk
     assert not cached.exists()
 
 
-def test_command_line(capsys, sets, hub, read_folder):
+def test_command_line(capsys, sets, hub, read_folder, monkeypatch):
     for arguments in ["one"], ["a", "b", "c"], ["a.npz", "b.npz", "--dims", "65"]:
         with pytest.raises(SystemExit) as stop:
             metrics.main(arguments)
         assert stop.value.code == 2
     with pytest.raises(SystemExit, match="66 are too few"):              # 2,048 is what the command wants
         metrics.main([*map(str, sets), "--device", "cpu"])
+    with monkeypatch.context() as patch:                                 # said before Inception is loaded, or downloaded
+        patch.setattr(metrics, "inception", None)
+        with pytest.raises(SystemExit, match="nowhere.npz: missing"):
+            metrics.main([str(next(iter(sets))), "nowhere.npz", "--device", "cpu", "--dims", "64"])
+        with pytest.raises(SystemExit, match="66 are too few"):
+            metrics.main([*map(str, sets), "--device", "cpu"])
     capsys.readouterr()
     metrics.main([])
     assert capsys.readouterr().out.count("mean_distance") == 4
@@ -257,3 +267,11 @@ def test_command_line(capsys, sets, hub, read_folder):
 def test_only_fid_loads_pytorch_fid():
     code = "import sys, metrics, sample; assert not {'pytorch_fid', 'torchvision'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_small_variances_beside_large_ones_count():
+    """N(0, q diag(s^2) q^T) again: 40 variances of 1 and 4 beside one of 1e8, a feature far louder than the rest."""
+    q = rotation(41, 11)
+    s, r = (torch.cat([torch.tensor([1e4]), torch.full((40,), std)]).double() for std in (1.0, 2.0))
+    distance = metrics.frechet_distance(torch.zeros(41), q * s**2 @ q.T, torch.zeros(41), q * r**2 @ q.T)
+    assert_close(distance.item(), 40.0, rtol=1e-4, atol=0)

@@ -1,4 +1,4 @@
-"""Sets of images: every value, axis and split against what was written by hand, and every mistake a user can make."""
+"""Datasets of images: every value, axis and split against what was written by hand, every mistake a user can make."""
 import io
 import os
 import pickle
@@ -71,7 +71,8 @@ def test_the_levels_span_minus_1_to_1_and_come_back():
     assert y.dtype == torch.float32 and y[0] == -1 and y[255] == 1
     torch.testing.assert_close(y.double(), torch.linspace(-1, 1, 256, dtype=torch.float64), atol=1e-7, rtol=0)
     assert torch.equal(images.to_uint8(y), x) and images.to_uint8(y).dtype == torch.uint8
-    assert torch.equal(images.to_uint8(y.double() + 0.49 * 2 / 255), x) and torch.equal(images.to_uint8(y - 0.49 * 2 / 255), x)
+    assert torch.equal(images.to_uint8(y.double() + 0.49 * 2 / 255), x) \
+        and torch.equal(images.to_uint8(y - 0.49 * 2 / 255), x)
     assert images.to_uint8(torch.tensor([-9.0, -1.01, 1.01, 9.0])).tolist() == [0, 0, 255, 255]
 
 
@@ -89,7 +90,8 @@ def test_flip_mirrors_about_half_left_to_right():
 @pytest.mark.parametrize("name, folder", [("fashion_mnist", "FashionMNIST/raw"), ("mnist", "MNIST/raw")])
 def test_grey_sets_are_what_their_files_say(tmp_path, name, folder, monkeypatch, capsys):
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    sets = {"train": RNG.integers(0, 256, (12, 28, 28), dtype=np.uint8), "test": RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8)}
+    sets = {"train": RNG.integers(0, 256, (12, 28, 28), dtype=np.uint8),
+            "test": RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8)}
     idx(tmp_path / folder, sets["train"], "train")
     idx(tmp_path / folder, sets["test"], "t10k")
     for split, expected in sets.items():
@@ -117,16 +119,19 @@ def test_cifar10_is_what_its_files_say(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, files, address", [
     ("cifar10", "/cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz: cifar-10-python.tar.gz"),
-    ("fashion_mnist", "/FashionMNIST/raw/train-images-idx3-ubyte.gz", "http://fashion-mnist.s3-website.*: train-images-idx3"),
-    ("mnist", "/MNIST/raw/train-images-idx3-ubyte.gz", "https://ossci-datasets.*/mnist: .*, t10k-labels-idx1-ubyte.gz")])
+    ("fashion_mnist", "/FashionMNIST/raw/train-images-idx3-ubyte.gz",
+     "http://fashion-mnist.s3-website.*: train-images-idx3"),
+    ("mnist", "/MNIST/raw/train-images-idx3-ubyte.gz",
+     "https://ossci-datasets.*/mnist: .*, t10k-labels-idx1-ubyte.gz")])
 @pytest.mark.parametrize("damaged", [False, True])
-def test_without_a_network_one_sentence_says_what_goes_where(tmp_path, name, files, address, damaged, monkeypatch, capsys):
+def test_without_a_network_one_sentence_says_what_goes_where(tmp_path, name, files, address, damaged, monkeypatch,
+                                                             capsys):
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     if damaged:
         Path(f"{tmp_path}{files}").parent.mkdir(parents=True, exist_ok=True)
         Path(f"{tmp_path}{files}").write_bytes(b"half an archive")
-    with pytest.raises(SystemExit, match=f"cannot read {name} .*name resolution.* {tmp_path}.*put there, from {address}.*; or "
-                                         "choose another --data-dir") as stop:
+    with pytest.raises(SystemExit, match=f"cannot read {name} .*name resolution.* {tmp_path}.*put there, "
+                                         f"from {address}.*; or choose another --data-dir") as stop:
         images.load(name, "train", tmp_path)
     assert f"in {Path(f'{tmp_path}{files}').parent} and" in str(stop.value) and "\n" not in str(stop.value)
     assert capsys.readouterr() == ("", "")
@@ -138,7 +143,8 @@ def test_a_file_unpacked_by_half_is_one_sentence(tmp_path):
     path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     for length in 1000, 10, 0:
         path.write_bytes(path.read_bytes()[:length])
-        with pytest.raises(SystemExit, match=r"cannot read mnist \(..+\) - remove what is damaged in .*MNIST/raw and put there"):
+        with pytest.raises(SystemExit, match=r"cannot read mnist \(..+\) - remove what is damaged in .*MNIST/raw and "
+                                             "put there"):
             images.load("mnist", "train", tmp_path)
 
 
@@ -147,7 +153,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths_with_rows_first_and_red_firs
     for name, x in truth.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-    (tmp_path / "a/notes.txt").write_text("not a image")
+    (tmp_path / "a/notes.txt").write_text("not an image")
     (tmp_path / "a/._9.png").write_text("what a Mac leaves behind")
     x = images.read_folder(tmp_path)
     assert x.shape == (5, 3, 3, 5) and x.dtype == torch.uint8
@@ -198,7 +204,7 @@ def test_the_square_in_the_middle_is_cut_and_resized(tmp_path):
     put(tmp_path / "2.png", tall)
     x = images.read_folder(tmp_path, image_size=4)
     assert torch.equal(x[0], chw(wide[:, 3:7])) and torch.equal(x[1], chw(tall[2:6]))
-    board = (np.indices((16, 20)).sum(0) % 2 * 255).astype(np.uint8)          # grey from afar: not so without antialiasing
+    board = (np.indices((16, 20)).sum(0) % 2 * 255).astype(np.uint8)       # grey from afar: not so without antialiasing
     put(tmp_path / "board/1.png", board)
     x = images.read_folder(tmp_path / "board", image_size=4)
     assert x.shape == (1, 1, 4, 4) and (x.float() - 127.5).abs().max() < 12
@@ -227,12 +233,14 @@ def test_subfolders_train_and_test_are_the_splits(tmp_path):
     assert keys(images.load(tmp_path, "test")) == keys([chw(truth["test/a/3.png"])])
     put(tmp_path / "train/a/1.png", image(4, 4))
     put(tmp_path / "train/b/2.png", image(4, 4))                            # each split has one size, but not the same
-    with pytest.raises(SystemExit, match="mixed sizes: .*test/a/3.png is 3 x 2 and .*train/a/1.png is 4 x 4 - .*--image-size"):
+    with pytest.raises(SystemExit, match="mixed sizes: .*test/a/3.png is 3 x 2 and .*train/a/1.png is 4 x 4 - "
+                                         ".*--image-size"):
         images.load(tmp_path, "train")
 
 
 def test_mistakes_with_folders_are_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="no folder of images at .*/photos - give .* one of cifar10, fashion_mnist, mnist"):
+    with pytest.raises(SystemExit, match="no folder of images at .*/photos - give .* one of cifar10, fashion_mnist, "
+                                         "mnist"):
         images.load(tmp_path / "photos", "train")
     with pytest.raises(SystemExit, match=f"no images under {tmp_path} - put some there, .* .jpg .jpeg .png"):
         images.read_folder(tmp_path)
@@ -253,10 +261,12 @@ def test_a_corrupt_image_is_named_or_skipped(tmp_path, kind, capsys):
     whole = io.BytesIO()
     Image.fromarray(image(16, 16)).save(whole, "jpeg" if "jpeg" in kind else "png")
     whole = whole.getvalue()
-    bad = {"text": b"not a image", "empty": b"", "a png with a wrong bit": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]}
+    bad = {"text": b"not an image", "empty": b"",
+           "a png with a wrong bit": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]}
     path = tmp_path / ("2.jpg" if "jpeg" in kind else "2.png")
     path.write_bytes(bad.get(kind, whole[:len(whole) // 2]))
-    with pytest.raises(SystemExit, match=f"cannot read the image {path} .* - mend or delete it, .* --skip-corrupt") as stop:
+    with pytest.raises(SystemExit, match=f"cannot read the image {path} .* - mend or delete it, "
+                                         ".* --skip-corrupt") as stop:
         images.read_folder(tmp_path)
     assert "\n" not in str(stop.value)
     x = images.read_folder(tmp_path, skip_corrupt=True)
@@ -264,7 +274,7 @@ def test_a_corrupt_image_is_named_or_skipped(tmp_path, kind, capsys):
     assert capsys.readouterr().err == "skipped 1 of 4 images that cannot be read\n"
     put(tmp_path / "train/1.png", image(16, 16))
     (tmp_path / "test").mkdir()
-    path.rename(tmp_path / "test" / path.name)                                # a corrupt one leads the set, none else is in test
+    path.rename(tmp_path / "test" / path.name)                       # a corrupt one leads the set, none else is in test
     assert images.load(tmp_path, "train", skip_corrupt=True).shape == (1, 3, 16, 16)
     with pytest.raises(SystemExit, match="none of the 1 images, .*/test/2.*, can be read"):
         images.load(tmp_path, "test", skip_corrupt=True)
@@ -309,9 +319,11 @@ def test_the_script_shows_a_set(tmp_path, monkeypatch, capsys):
         put(tmp_path / "set" / name, np.full((2, 3, 3), colour, np.uint8))
     images.main(["set"])
     out = capsys.readouterr().out
-    assert "set, test: N = 1, C = 3, H = 2, W = 3; in [-1, 1] each channel has mean 1.0000 -1.0000 -1.0000, standard" in out
+    assert "set, test: N = 1, C = 3, H = 2, W = 3; in [-1, 1] each channel has mean 1.0000 -1.0000 -1.0000, " \
+           "standard" in out
     assert "set, train: N = 2" in out and "mean 0.2000 -0.6000 1.0000, standard deviation 0.8356 0.0000 0.0000" in out
     with Image.open("images.png") as shown:
         assert shown.size == (2 * 5 + 2, 4 + 2)
     result = subprocess.run([sys.executable, ROOT / "images.py", "none"], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.startswith("no folder of images at none") and result.stderr.count("\n") == 1
+    assert result.returncode == 1 and result.stderr.startswith("no folder of images at none") \
+        and result.stderr.count("\n") == 1

@@ -24,8 +24,8 @@ from ddpm import SCHEDULES
 
 F64 = torch.float64
 COSINE = SCHEDULES["cosine"]
-COARSE = {"clusters": DATASETS["clusters"], "rings": standardised(*rings(100)), "swiss_roll": standardised(*swiss_roll(150)),
-          "waves": standardised(*waves(100))}                              # fewer centres: faster
+COARSE = {"clusters": DATASETS["clusters"], "rings": standardised(*rings(100)),
+          "swiss_roll": standardised(*swiss_roll(150)), "waves": standardised(*waves(100))}      # fewer centres: faster
 seed = lambda n: torch.Generator().manual_seed(n)
 at = lambda name, t: alpha_sigma(name, torch.tensor([t], dtype=F64))
 
@@ -36,9 +36,10 @@ def test_the_prior_term_is_the_kl_of_two_gaussians(name, t_min):
     x = 2 * torch.randn(5, 3, dtype=F64)
     alpha, sigma = at(name, 1 - t_min)
     q, p = distributions.Normal(alpha * x, sigma), distributions.Normal(0, (alpha**2 + sigma**2).sqrt())
-    assert_close(likelihood.prior(x, SCHEDULES[name], t_min), distributions.kl_divergence(q, p).sum(1), rtol=1e-6, atol=1e-12)
-    assert_close(likelihood.prior(x.float(), SCHEDULES[name], t_min).double(), likelihood.prior(x, SCHEDULES[name], t_min),
-                 rtol=1e-5, atol=1e-7)
+    assert_close(likelihood.prior(x, SCHEDULES[name], t_min), distributions.kl_divergence(q, p).sum(1),
+                 rtol=1e-6, atol=1e-12)
+    assert_close(likelihood.prior(x.float(), SCHEDULES[name], t_min).double(),
+                 likelihood.prior(x, SCHEDULES[name], t_min), rtol=1e-5, atol=1e-7)
     assert likelihood.prior(torch.zeros(4, 1, 5, 5), SCHEDULES[name]).shape == (4,)
 
 
@@ -67,11 +68,12 @@ def test_the_256_probabilities_sum_to_1(mean, std):
 
 
 def test_the_probability_of_a_level_is_that_of_its_bin():
-    """scipy's distribution function, differences of the tail that does not cancel; black and white reach to infinity."""
+    """scipy's distribution function, differences of the tail that does not cancel; black, white reach to infinity."""
     for mean, std in (0.1, 0.002), (-0.4, 0.05), (1.1, 0.3):
         middle, half = LEVELS[1:-1].numpy(), 1 / 255
         lower, upper = (middle - half - mean) / std, (middle + half - mean) / std
-        p = np.where(lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper), stats.norm.cdf(upper) - stats.norm.cdf(lower))
+        p = np.where(lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper),
+                     stats.norm.cdf(upper) - stats.norm.cdf(lower))
         kept = p > 1e-290
         found = likelihood.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
         assert_close(found[1:-1][kept], torch.from_numpy(np.log(p[kept])), rtol=1e-9, atol=1e-9)
@@ -81,7 +83,8 @@ def test_the_probability_of_a_level_is_that_of_its_bin():
 
 @every_schedule
 def test_the_reconstruction_of_images_sees_z_0(name):
-    x, eps = LEVELS[torch.randint(256, (3, 1, 4, 4), generator=seed(0))], torch.randn(3, 1, 4, 4, generator=seed(1), dtype=F64)
+    x, eps = LEVELS[torch.randint(256, (3, 1, 4, 4), generator=seed(0))], \
+        torch.randn(3, 1, 4, 4, generator=seed(1), dtype=F64)
     alpha, sigma = at(name, 0.001)
     z = alpha * x + sigma * eps
     expected = -likelihood.log_prob_level(x, z / alpha, sigma / alpha).sum((1, 2, 3))
@@ -98,12 +101,13 @@ def test_t_is_drawn_uniformly_in_what_was_asked_and_its_importance_is_right(name
     value = (alpha / sigma).log() if uniform == "logsnr" else t
     ends = (schedule.alpha(c) / schedule.sigma(c) for c in torch.tensor([0.99, 0.01], dtype=F64))
     low, high = (c.log().item() for c in ends) if uniform == "logsnr" else (0.01, 0.99)
-    assert_close(((value - low) / (high - low)).sort(1).values, ((torch.arange(n) + 0.5) / n).double().expand(3, n), rtol=0, atol=1.01 / n)
-    for power in 0, 2, 5:                                                  # the mean of f(t) times it is that over t uniform
+    assert_close(((value - low) / (high - low)).sort(1).values,
+                 ((torch.arange(n) + 0.5) / n).double().expand(3, n), rtol=0, atol=1.01 / n)
+    for power in 0, 2, 5:                                             # the mean of f(t) times it is that over t uniform
         expected = (0.99**(power + 1) - 0.01**(power + 1)) / (power + 1) / 0.98
         assert abs((t**power * importance).mean() - expected) < 1e-3
     assert losses.draw_t((4,), schedule, density=uniform)[0].dtype == torch.float32
-    assert uniform == "logsnr" or (importance == 1).all()                  # exactly: training with t uniform is untouched
+    assert uniform == "logsnr" or (importance == 1).all()             # exactly: training with t uniform is untouched
     with pytest.raises(ValueError, match="unknown density of t 'x': choose from uniform, logsnr"):
         losses.draw_t((4,), schedule, density="x")
 
@@ -116,7 +120,8 @@ def exact_bound(data, x, name="cosine", t_min=1e-3, **options):
 def level(data, x, name="cosine", t_min=1e-3):
     """What the bound with the exact denoiser is on average in continuous time, by the density alone, for each x.
 
-    The entropy of z_0, as q(z_0 | x) / p(x | z_0) is alpha^D, and the KL of q(z_1) from p(z_1): the truncation at both ends.
+    The entropy of z_0, as q(z_0 | x) / p(x | z_0) is alpha^D, and the KL of q(z_1) from p(z_1): the truncation at both
+    ends.
     """
     g, terms = seed(9), 0
     for _ in range(20):
@@ -125,7 +130,8 @@ def level(data, x, name="cosine", t_min=1e-3):
         terms = terms - data.log_prob(z, alpha, sigma) - 2 * alpha.log()
         alpha, sigma = at(name, 1 - t_min)
         z = alpha * x + sigma * torch.randn(x.shape, generator=g, dtype=F64)
-        terms = terms + data.log_prob(z, alpha, sigma) - distributions.Normal(0, (alpha**2 + sigma**2).sqrt()).log_prob(z).sum(1)
+        terms = terms + data.log_prob(z, alpha, sigma) \
+            - distributions.Normal(0, (alpha**2 + sigma**2).sqrt()).log_prob(z).sum(1)
     return terms / 20
 
 
@@ -142,7 +148,8 @@ def test_the_bound_with_the_exact_denoiser_is_the_entropy(data):
     assert terms["prior"].mean() < 1e-5 and abs(terms["error"].square().mean().sqrt() / gap.std() - 1) < 0.2
 
 
-@pytest.mark.parametrize("name, data, t_min", [("cosine", "clusters", 0.05), ("linear", "waves", 0.02), ("ve", "rings", 0.2)])
+@pytest.mark.parametrize("name, data, t_min", [("cosine", "clusters", 0.05), ("linear", "waves", 0.02),
+                                               ("ve", "rings", 0.2)])
 def test_the_bound_on_other_schedules_and_with_a_truncation_that_counts(name, data, t_min):
     mixture = COARSE[data]
     x = mixture.sample(4000, seed(0), F64)
@@ -178,27 +185,28 @@ def test_the_discrete_bound_of_a_wrong_model_is_the_sum_of_its_kl_terms(T):
         (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma("cosine", s), alpha_sigma("cosine", t)
         covariance = alpha_t / alpha_s * sigma_s**2
         var = sigma_s**2 - covariance**2 / sigma_t**2
-        for eps, weight in zip(nodes[0], nodes[1] / nodes[1].sum()):       # both dimensions alike: the KL is a sum over them
+        for eps, weight in zip(nodes[0], nodes[1] / nodes[1].sum()):  # both dimensions alike: the KL is a sum over them
             z = alpha_t * x + sigma_t * eps
             mean = [alpha_s * c + covariance / sigma_t**2 * (z - alpha_t * c) for c in (x, 0.5 * z)]
-            expected = expected + weight * distributions.kl_divergence(*(distributions.Normal(m, var.sqrt()) for m in mean)).sum()
-    found = likelihood.bound(lambda z, t: 0.5 * z, x.expand(50_000, 2), target="x", schedule=COSINE, steps=T, draws=4, t_min=t_min,
-                             generator=seed(0))["diffusion"]
+            expected = expected + weight * distributions.kl_divergence(
+                *(distributions.Normal(m, var.sqrt()) for m in mean)).sum()
+    found = likelihood.bound(lambda z, t: 0.5 * z, x.expand(50_000, 2), target="x", schedule=COSINE, steps=T, draws=4,
+                             t_min=t_min, generator=seed(0))["diffusion"]
     assert abs(found.mean() - expected) < 4 * found.std() / 50_000**0.5
 
 
 def test_the_terms_of_images_and_the_error():
     """Sums over all pixels, a mean over the draws, and the standard error of the draws."""
     x = LEVELS[torch.randint(256, (3, 2, 4, 4), generator=seed(0))]
-    found = likelihood.bound(lambda z, t: 0 * z, x, target="eps", schedule=COSINE, reconstruction=likelihood.discretised, draws=4000,
-                             generator=seed(1))
+    found = likelihood.bound(lambda z, t: 0 * z, x, target="eps", schedule=COSINE,
+                             reconstruction=likelihood.discretised, draws=4000, generator=seed(1))
     low, high = COSINE.ends(1e-3)
     assert_close(found["diffusion"], torch.full((3,), 32 * 0.5 * (high - low), dtype=F64), rtol=0.02, atol=0)
     spread = 0.5 * (high - low) * 64**0.5                                  # of the sum of 32 squared normals
     assert_close(found["error"], torch.full((3,), spread / 4000**0.5, dtype=F64), rtol=0.06, atol=0)
     std, inner = math.exp(-high / 2), (x.abs() < 1)
     assert inner.all()
-    e, h = np.linspace(-8, 0, 4001), 1 / 255 / std                         # E over eps of -log(Phi(h - eps) - Phi(-h - eps)), even in eps
+    e, h = np.linspace(-8, 0, 4001), 1 / 255 / std       # E over eps of -log(Phi(h - eps) - Phi(-h - eps)), even in eps
     pixel = -2 * (stats.norm.pdf(e) * np.log(stats.norm.cdf(h + e) - stats.norm.cdf(-h + e))).sum() * 0.002
     assert_close(found["reconstruction"], torch.full((3,), 32 * pixel, dtype=F64), rtol=0.03, atol=0)
     assert set(found) == {"prior", "reconstruction", "diffusion", "error"}
@@ -230,7 +238,8 @@ def test_the_log_likelihood_of_gaussian_data(name, target):
     z_1 = z * (var / (alpha**2 * std**2 + sigma**2)).sqrt()
     prior = distributions.Normal(0, (alpha_1**2 + sigma_1**2).sqrt())
     expected = expected + (prior.log_prob(z_1) - distributions.Normal(0, var.sqrt()).log_prob(z_1)).sum(1)
-    model, options = data.optimal_model(target, schedule, 0.01), dict(target=target, schedule=schedule, t_min=t_min, stabiliser=0.01)
+    model, options = data.optimal_model(target, schedule, 0.01), dict(target=target, schedule=schedule, t_min=t_min,
+                                                                      stabiliser=0.01)
     found, evaluations = likelihood.log_likelihood(model, x, steps=64, **options)
     assert_close(found, expected, rtol=0, atol=1e-3)
     assert evaluations == 256
@@ -290,8 +299,9 @@ def test_the_bound_knows_the_stabiliser():
     data = DATASETS["clusters"]
     x = data.sample(50, seed(0), F64)
     for steps in None, 8:
-        bounds = [likelihood.bound(data.optimal_model(target, COSINE, 0.01), x, target=target, schedule=COSINE, stabiliser=0.01,
-                                   steps=steps, draws=4, generator=seed(1))["diffusion"] for target in ("eps", "s")]
+        bounds = [likelihood.bound(data.optimal_model(target, COSINE, 0.01), x, target=target, schedule=COSINE,
+                                   stabiliser=0.01, steps=steps, draws=4, generator=seed(1))["diffusion"]
+                  for target in ("eps", "s")]
         assert_close(*bounds, rtol=1e-8, atol=0)
 
 
@@ -300,8 +310,8 @@ def test_the_bound_knows_the_stabiliser():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    train.main(["--data", "clusters", "--target", "s", "--epochs", "3", "--width", "32", "--stabiliser", "0.01", "--device", "cpu",
-                "--out", str(out)])
+    train.main(["--data", "clusters", "--target", "s", "--epochs", "3", "--width", "32", "--stabiliser", "0.01",
+                "--device", "cpu", "--out", str(out)])
     return out / "clusters-s-mse-s0"
 
 
@@ -311,17 +321,17 @@ def image_run(tmp_path_factory):
     g = seed(4)
     for i in range(40):
         images.save_png(torch.randint(256, (3, 8, 8), generator=g, dtype=torch.uint8), out / "data" / f"{i}.png")
-    train.main(["--data", str(out / "data"), "--channels", "8", "--channel-mult", "1", "--layers", "1", "--attention", "4", "--epochs", "1",
-                "--batch-size", "8", "--device", "cpu", "--out", str(out)])
+    train.main(["--data", str(out / "data"), "--channels", "8", "--channel-mult", "1", "--layers", "1",
+                "--attention", "4", "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--out", str(out)])
     state = run.load(out / "data-eps-mse-s0")
-    state["model"] = {key: value * 2 for key, value in state["model"].items()}           # only the averaged weights count
+    state["model"] = {key: value * 2 for key, value in state["model"].items()}         # only the averaged weights count
     run.save(out / "data-eps-mse-s0" / "ckpt.pt", state)
     return out / "data-eps-mse-s0", out / "data"
 
 
 def test_the_terms_of_a_run_are_printed_and_written_beside_the_entropy(trained, capsys):
-    likelihood.main(["--ckpt", str(trained), "--num", "300", "--draws", "8", "--ode-steps", "10", "--t-min", "0.01", "--seed", "5",
-                     "--num-ode", "200", "--batch-size", "150", "--device", "cpu"])
+    likelihood.main(["--ckpt", str(trained), "--num", "300", "--draws", "8", "--ode-steps", "10", "--t-min", "0.01",
+                     "--seed", "5", "--num-ode", "200", "--batch-size", "150", "--device", "cpu"])
     out, result = capsys.readouterr().out, json.loads((trained / "likelihood.json").read_text())
     data = DATASETS["clusters"]
     model, x = run.open(trained).model().double(), kind_points.load(dict(data="clusters")).double()
@@ -370,7 +380,8 @@ def test_the_discrete_bound_the_other_draw_and_adaptive_steps_of_a_run(trained, 
 
 def test_images_have_bits_per_dimension_and_a_dequantised_density(image_run, capsys, monkeypatch):
     folder, data = image_run
-    likelihood.main(["--ckpt", str(folder), "--num", "4", "--draws", "3", "--num-ode", "2", "--ode-steps", "4", "--device", "cpu"])
+    likelihood.main(["--ckpt", str(folder), "--num", "4", "--draws", "3", "--num-ode", "2", "--ode-steps", "4",
+                     "--device", "cpu"])
     out, result = capsys.readouterr().out, json.loads((folder / "likelihood.json").read_text())
     config = run.load(folder)["config"]
     model = unet.UNet(3, 8, channels=8, channel_mult=[1], layers=1, attention=[4])
@@ -388,14 +399,16 @@ def test_images_have_bits_per_dimension_and_a_dequantised_density(image_run, cap
     assert result["exact"][0] == pytest.approx((-log_p - 192 * math.log(2 / 255)).mean().item(), rel=1e-4)
     assert "entropy" not in out
     seen = []
-    monkeypatch.setattr(likelihood, "log_likelihood", lambda model, x, **options: seen.append(x) or (torch.zeros(len(x)), 1))
+    monkeypatch.setattr(likelihood, "log_likelihood",
+                        lambda model, x, **options: seen.append(x) or (torch.zeros(len(x)), 1))
     likelihood.evaluate(model, x, config, draws=2, num_ode=3)
     distance = (seen[0] - x[:3]).abs() * 255                                # spread evenly over bins of 2 / 255
     assert len(seen[0]) == 3 and distance.max() < 1 and abs(distance.mean() - 0.5) < 0.05
 
 
 def test_several_runs_their_defaults_and_another_folder(trained, image_run, tmp_path, monkeypatch):
-    """Points: 100 draws, 10,000 points, all of them, exactly; images: 16 draws, 500 images (here the 4 of the test split), 16, 1 probe."""
+    """Points: 100 draws, 10,000 points, all of them, exactly; images: 16 draws, 500 images (here the 4 of the test
+    split), 16, 1 probe."""
     calls, original = [], likelihood.evaluate
     monkeypatch.setattr(likelihood, "evaluate", lambda model, x, config, *args: calls.append((x, args)) or original(
         model, x[:4], config, 2, None, "logsnr", 2, 2, None, *args[6:]))
@@ -407,7 +420,8 @@ def test_several_runs_their_defaults_and_another_folder(trained, image_run, tmp_
     assert points.shape == (10_000, 2) and points.dtype == F64 and images_.shape == (4, 3, 8, 8)
     assert of_points[:8] == (100, None, "logsnr", None, 64, None, None, 1e-3) and of_points[8] == 5000
     assert of_images[:8] == (16, None, "logsnr", 16, 64, None, 1, 1e-3) and of_images[8] == 50
-    results = [json.loads((tmp_path / name / "likelihood.json").read_text()) for name in (trained.name, "again", "images")]
+    results = [json.loads((tmp_path / name / "likelihood.json").read_text())
+               for name in (trained.name, "again", "images")]
     assert [(r["draws"], r["probes"], r["dimensions"]) for r in results] == [(100, None, 2)] * 2 + [(16, 1, 192)]
     with pytest.raises(SystemExit, match="points and images cannot be mixed in one call"):
         likelihood.main(["--ckpt", str(trained), str(image_run[0])])
@@ -416,9 +430,10 @@ def test_several_runs_their_defaults_and_another_folder(trained, image_run, tmp_
 
 
 def test_the_schedule_of_a_run_and_the_size_of_its_images(tmp_path, image_run):
-    train.main(["--data", "waves", "--target", "v", "--schedule", "linear", "--epochs", "1", "--width", "8", "--device", "cpu",
-                "--out", str(tmp_path)])
-    likelihood.main(["--ckpt", str(tmp_path / "waves-v-mse-s0"), "--num", "50", "--draws", "2", "--num-ode", "0", "--device", "cpu"])
+    train.main(["--data", "waves", "--target", "v", "--schedule", "linear", "--epochs", "1", "--width", "8",
+                "--device", "cpu", "--out", str(tmp_path)])
+    likelihood.main(["--ckpt", str(tmp_path / "waves-v-mse-s0"), "--num", "50", "--draws", "2", "--num-ode", "0",
+                     "--device", "cpu"])
     result = json.loads((tmp_path / "waves-v-mse-s0" / "likelihood.json").read_text())
     high = SCHEDULES["linear"].ends(1e-3)[1]
     assert result["reconstruction"][0] == pytest.approx(1 + math.log(2 * math.pi) - high)
@@ -446,8 +461,9 @@ def test_a_run_on_images_without_its_images(image_run, tmp_path):
         shutil.move(tmp_path / "elsewhere", data)
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--draws", "1"], ["--num", "0"], ["--uniform", "x"], ["--ode-steps", "0"],
-                                       ["--tolerance", "0"], ["--probes", "0"], ["--num-ode", "-1"], ["--t-min", "0.5"],
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--draws", "1"], ["--num", "0"], ["--uniform", "x"],
+                                       ["--ode-steps", "0"], ["--tolerance", "0"], ["--probes", "0"],
+                                       ["--num-ode", "-1"], ["--t-min", "0.5"],
                                        ["--num-ode", "1"], ["--steps", "10000000"], ["--draws", "1" + 30 * "0"]])
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -460,9 +476,54 @@ def test_a_flow_that_explodes_and_a_missing_run_are_one_sentence(trained, tmp_pa
         likelihood.main(["--ckpt", str(tmp_path)])
     monkeypatch.setattr(run.Run, "model", lambda self, device: Cube())
     with pytest.raises(SystemExit, match="cannot be integrated .* larger, or leave it out|not finite"):
-        likelihood.main(["--ckpt", str(trained), "--num", "5", "--draws", "2", "--tolerance", "1e-6", "--device", "cpu"])
+        likelihood.main(["--ckpt", str(trained), "--num", "5", "--draws", "2", "--tolerance", "1e-6",
+                         "--device", "cpu"])
 
 
 class Cube(torch.nn.Module):
     def forward(self, z, t):
         return -50 * z**3
+
+
+def test_the_discrete_bound_draws_i_stratified_and_its_reconstruction_has_noise_of_its_own(monkeypatch):
+    """As many examples as steps: in every draw each i comes once. At x = 0 z is sigma eps, and eps is not that of
+    z_0."""
+    seen, original = [], losses.discrete_loss
+    monkeypatch.setattr(losses, "discrete_loss", lambda model, x, i, *rest, **how: seen.append(i) or original(
+        model, x, i, *rest, **how))
+    options, x = dict(target="eps", schedule=COSINE, draws=3, generator=seed(0)), torch.zeros(50, 2, dtype=F64)
+    noise, noise_of_0 = [], []
+
+    def model(z, t):
+        noise.append(z / torch.sin(math.pi / 2 * t)[:, None])
+        return z
+
+    def reconstruction(x, eps, logsnr):
+        noise_of_0.append(eps)
+        return eps[:, 0]
+    for steps in 50, None:
+        likelihood.bound(model, x, steps=steps, reconstruction=reconstruction, **options)
+    assert [sorted(i.tolist()) for i in seen] == 3 * [[*range(1, 51)]]
+    of_t, of_0 = torch.cat(noise).flatten(), torch.cat(noise_of_0).flatten()
+    assert len(of_t) == len(of_0) == 600 and abs(of_t.std() - 1) < 0.1 and abs(of_0.std() - 1) < 0.1
+    assert abs((of_t * of_0).mean()) < 0.15                                # 3.7 standard errors
+
+
+def test_evaluations_are_those_of_the_longest_batch_and_no_examples_have_no_flow():
+    """Three of the four examples of the first batch of two; --num-ode 0 is none."""
+    config = dict(target="v", loss="mse", schedule="cosine", stabiliser=0.0)
+    x, model = DATASETS["clusters"].sample(8, seed(0), F64), DATASETS["clusters"].optimal_model("v", COSINE)
+    terms, evaluations = likelihood.evaluate(model, x, config, draws=2, num_ode=3, ode_steps=5, batch_size=4)
+    assert evaluations == 20 and len(terms["exact"]) == 3 and len(terms["bound"]) == 8
+    terms, evaluations = likelihood.evaluate(model, x, config, draws=2, num_ode=0, ode_steps=5, batch_size=4)
+    assert evaluations == 0 and "exact" not in terms
+    terms, _ = likelihood.evaluate(model, x, config, draws=2, ode_steps=1, batch_size=4)
+    assert len(terms["exact"]) == 8
+
+
+@pytest.mark.parametrize("extra", [{}, {"tolerance": 1e-3}])
+def test_one_example_whose_flow_is_not_finite_is_an_error(extra):
+    x = torch.tensor([[0.5, 0.1], [0.2, -0.3]])
+    model = lambda z, t: torch.where(torch.tensor([[True], [False]]), math.inf, z)
+    with pytest.raises(ValueError, match="its flow is not finite"):
+        likelihood.log_likelihood(model, x, target="v", schedule=COSINE, steps=2, **extra)

@@ -1,4 +1,4 @@
-"""The losses against Table 3.2 typed again, the closed form of Gaussian data, and the exact denoiser of the 2D sets."""
+"""The losses against Table 3.2 typed again, the closed form of Gaussian data, the exact denoiser of the 2D datasets."""
 import math
 
 import pytest
@@ -293,3 +293,30 @@ def test_stratified_t_has_less_variance():
     means = lambda draw: torch.stack([(draw(i)**2).mean() for i in range(300)]).var()
     plain = means(lambda i: torch.rand(64, generator=torch.Generator().manual_seed(i)))
     assert means(lambda i: losses.sample_t((64,), 0.0, torch.Generator().manual_seed(i))) < 0.1 * plain
+
+
+@every_schedule
+@pytest.mark.parametrize("t_min", [1e-3, 0.1])
+def test_importance_is_one_over_the_density_of_t_and_the_length_of_its_range(name, t_min):
+    """p(t) = |d logsnr / dt| / range of logsnr, by autograd; with t uniform, and for `ve` in both, it is 1."""
+    schedule = SCHEDULES[name]
+    t, importance = losses.draw_t((500,), schedule, t_min, "logsnr", torch.Generator().manual_seed(0), F64)
+    t.requires_grad_()
+    slope, = torch.autograd.grad(schedule.logsnr(t).sum(), t)
+    first, last = schedule.logsnr(torch.tensor([1 - t_min, t_min], dtype=F64))
+    density = -slope / (last - first)
+    assert_close(importance, 1 / (density * (1 - 2 * t_min)), rtol=1e-6, atol=0)
+    assert name == "ve" or importance.max() > 1.1 and importance.min() < 0.9
+    t, importance = losses.draw_t((5,), schedule, t_min, "uniform", dtype=F64)
+    assert (importance == 1).all() and t.min() >= t_min
+
+
+def test_the_loss_over_t_is_the_mean_in_each_bin_and_with_importance_a_weighted_one():
+    """Four bins of [0.1, 0.9], by hand; errors have the importance as a factor already."""
+    t = torch.tensor([0.1, 0.25, 0.31, 0.65, 0.6, 0.9, 0.55], dtype=F64)
+    errors = torch.tensor([1, 3, 5, 7, 9, 11, 2], dtype=F64)
+    assert_close(losses.over_t(errors, t, 0.1, 4), torch.tensor([2, 5, 6, 11], dtype=F64))
+    importance = torch.tensor([3, 1, 2, 1, 1, 4, 2], dtype=F64)
+    found = losses.over_t(torch.stack([importance * errors, errors]), t.expand(2, 7), 0.1, 4,
+                          torch.stack([importance, torch.ones(7, dtype=F64)]))
+    assert_close(found, torch.tensor([[6 / 4, 5, 20 / 4, 11], [2, 5, 6, 11]], dtype=F64))

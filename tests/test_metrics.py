@@ -60,10 +60,12 @@ def test_floor_of_the_mean_distance_is_its_closed_form():
 
 
 def test_the_sliced_wasserstein_distance_is_the_mean_over_directions_of_scipys():
-    """Order 2 from the quantiles, with 1 point against 3: the transport plan of sorted points, solved as a linear programme."""
+    """Order 2 from the quantiles, with 1 point against 3: the transport plan of sorted points, solved as a linear
+    programme."""
     from scipy.optimize import linear_sum_assignment
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(6, 2, generator=g, dtype=torch.float64), 1 + 2 * torch.randn(18, 2, generator=g, dtype=torch.float64)
+    x, y = torch.randn(6, 2, generator=g, dtype=torch.float64), \
+        1 + 2 * torch.randn(18, 2, generator=g, dtype=torch.float64)
     squares = []
     for k in range(6):
         u = torch.tensor([math.cos(math.pi * k / 6), math.sin(math.pi * k / 6)], dtype=torch.float64)
@@ -72,6 +74,15 @@ def test_the_sliced_wasserstein_distance_is_the_mean_over_directions_of_scipys()
     assert_close(metrics.sliced_wasserstein(x, y, 6).item(), math.sqrt(sum(squares) / 6))
     assert_close(metrics.sliced_wasserstein(y, x), metrics.sliced_wasserstein(x, y, 20))
     shift = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert_close(metrics.sliced_wasserstein(x, x + shift).item(), 5 / math.sqrt(2))                # mean of cos^2 is 1/2
+    assert_close(metrics.sliced_wasserstein(x, x + shift).item(), 5 / math.sqrt(2))               # mean of cos^2 is 1/2
     assert metrics.sliced_wasserstein(x, x) == 0
-    assert list(metrics.floor(DATASETS["rings"], 10, 20, 2)) == ["mean_distance", "covariance_distance", "sliced_wasserstein"]
+    assert list(metrics.floor(DATASETS["rings"], 10, 20, 2)) == ["mean_distance", "covariance_distance",
+                                                                 "sliced_wasserstein"]
+
+
+def test_log_density_of_points_far_off_the_data_is_not_cut_off():
+    """One Gaussian: -1/2 (|x|^2 / s^2 + 2 log(2 pi s^2)), at x up to 20 standard deviations away -200 nats."""
+    data = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64))
+    x = torch.tensor([[0.0, 10.0], [-3.0, 4.0]], dtype=torch.float64)
+    expected = [-0.5 * (square / 0.25 + 2 * math.log(2 * math.pi * 0.25)) for square in (100, 25)]
+    assert_close(metrics.log_density(data, x).item(), sum(expected) / 2, rtol=1e-9, atol=0)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import statistics
+import types
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ from ddpm import SCHEDULES
 from mlp import MLP
 
 COSINE = SCHEDULES["cosine"]
-FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "fig4.8": "loss_curves", "fig4.9": "loss_curves",
-           "fig4.10": "scalings", "fig4.11": "over_t", "fig4.12": "point_grid", "fig4.13": "point_grid", "fig4.14": "over_t",
+FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "fig4.8": "loss_curves",
+           "fig4.9": "loss_curves", "fig4.10": "scalings", "fig4.11": "over_t", "fig4.12": "point_grid",
+           "fig4.13": "point_grid", "fig4.14": "over_t",
            "appendix1": "over_t", "appendix2": "over_t", "appendix3": "over_t", "appendix4": "point_grid",
            "appendix5": "point_grid", "appendix6": "point_grid", "steps-covariance": "over_evaluations",
            "steps-wasserstein": "over_evaluations", "nelbo": "loss_curves"}
@@ -36,10 +38,10 @@ FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """`all` with two seeds and two epochs of a narrow network on 5,000 points, 2 and 16 steps -> (folder, drawn, call)."""
+    """`all` with two seeds, two epochs of a narrow network on 5,000 points, 2 and 16 steps -> (folder, drawn, call)."""
     folder, drawn, patch = tmp_path_factory.mktemp("study"), {}, pytest.MonkeyPatch()
     caches = kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floor, study_file.nelbo_points
-    clear = lambda: [cache.cache_clear() for cache in caches]        # they hold sets of another size
+    clear = lambda: [cache.cache_clear() for cache in caches]        # they hold datasets of another size
     clear()
     patch.setattr(kind_points, "POINTS", 5000)
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
@@ -53,12 +55,16 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_beyond, "DRAWS", 4)
     patch.setattr(study_file, "ODE_STEPS", 3)
     for name in set(FIGURES.values()):
-        def spy(*arguments, original=getattr(plots, name)):
-            drawn[arguments[2 if original.__name__ in ("over_time", "scalings", "over_t", "over_evaluations") else 1].stem] = arguments
+        original = getattr(plots, name)
+
+        def spy(*arguments, original=original):
+            which = 2 if original.__name__ in ("over_time", "scalings", "over_t", "over_evaluations") else 1
+            drawn[arguments[which].stem] = arguments
             return original(*arguments)
         patch.setattr(plots, name, spy)
-    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu",
-                                        "--runs", str(folder / "runs"), "--out", str(folder / "results")])
+    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
+                                        "--device", "cpu", "--runs", str(folder / "runs"),
+                                        "--out", str(folder / "results")])
     call("all")
     yield folder, drawn, call
     patch.undo()
@@ -80,9 +86,11 @@ def expected_cell(values):
 def test_table_4_1_is_the_runs_own_numbers(study):
     folder, _, _ = study
     text = (folder / "results/thesis/table4.1.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith("| ")]
     rows = [row for row in rows if row[0] in DATASETS]
-    assert len(rows) == 64 and "of 32 test losses lie within 5 %" in text and "python reproduce.py table4.1 --seeds 2 --epochs 2 --num-samples 2000" in text
+    assert len(rows) == 64 and "of 32 test losses lie within 5 %" in text \
+        and "python reproduce.py table4.1 --seeds 2 --epochs 2 --num-samples 2000" in text
     for k, loss in enumerate(["nelbo_stable", "mse"]):
         for row in rows[16 * k:16 * k + 16]:
             data, target = row[:2]
@@ -90,16 +98,17 @@ def test_table_4_1_is_the_runs_own_numbers(study):
             thesis = reproduce_thesis.THESIS[data, target][3 * k:3 * k + 3]
             assert [row[2], row[5], row[8]] == [f"{value:.3f}" for value in thesis]
             assert row[3:5] == [expected_cell([h["test_loss"] for h in last]), f"{last[0]['optimum']:.3f}"]
-            made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"{data}-{target}-{loss}-s{seed}" / "steps-16-2000" /
-                                "metrics.json").read_text()) for seed in range(2)]
+            made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"{data}-{target}-{loss}-s{seed}"
+                                / "steps-16-2000" / "metrics.json").read_text()) for seed in range(2)]
             assert row[6] == expected_cell([m["mean_distance"] for m in made])
             assert row[9] == expected_cell([m["covariance_distance"] for m in made])
             assert row[7] == "{mean:.3f} +- {std:.3f}".format(**made[0]["mean_distance_floor"])
             assert row[11] == expected_cell([m["log_density"] - m["log_density_data"] for m in made])
             assert row[10] == "{mean:.3f} +- {std:.3f}".format(**made[0]["covariance_distance_floor"])
             assert [m["sampling_seed"] for m in made] == [0, 1] and made[0]["steps"] == 16
-    for row, columns in [(row, [("stabilised", "mse"), ("stabilised", "nelbo_stable"), ("exact", "nelbo")]) for row in rows[32:48]] + \
-                        [(row, [("plain", "mse"), ("exact", "nelbo"), ("logsnr", "nelbo")]) for row in rows[48:]]:
+    for row, columns in [
+            (row, [("stabilised", "mse"), ("stabilised", "nelbo_stable"), ("exact", "nelbo")]) for row in rows[32:48]
+    ] + [(row, [("plain", "mse"), ("exact", "nelbo"), ("logsnr", "nelbo")]) for row in rows[48:]]:
         data, target = row[:2]
         for column, (recipe, loss) in enumerate(columns, 2):
             values = []
@@ -115,10 +124,14 @@ def test_table_4_1_is_the_runs_own_numbers(study):
 def test_the_thesis_column_is_table_4_1():
     """The losses are typed a second time in test_losses.py, the distances here, column by column."""
     from test_losses import THESIS
-    distances = {0: [.1754, .0364, .0307, .2279, .2744, .0914, .0459, .2254, .1133, .0689, .0418, .1266, .1593, .0405, .0447, .0353],
-                 1: [.5746, .0706, .0409, .1498, .3807, .1107, .0718, .1563, .2645, .0941, .0598, .1972, .5559, .0757, .0738, .1369],
-                 2: [.4300, .0634, .0389, .2688, .2807, .0983, .0453, .2220, .5256, .0857, .0427, .0893, .1869, .0748, .0131, .0178],
-                 3: [.2715, .1430, .0363, .1633, .3974, .0366, .0088, .1637, .6875, .0824, .0269, .1227, .6911, .0778, .0271, .1676]}
+    distances = {0: [.1754, .0364, .0307, .2279, .2744, .0914, .0459, .2254,
+                     .1133, .0689, .0418, .1266, .1593, .0405, .0447, .0353],
+                 1: [.5746, .0706, .0409, .1498, .3807, .1107, .0718, .1563,
+                     .2645, .0941, .0598, .1972, .5559, .0757, .0738, .1369],
+                 2: [.4300, .0634, .0389, .2688, .2807, .0983, .0453, .2220,
+                     .5256, .0857, .0427, .0893, .1869, .0748, .0131, .0178],
+                 3: [.2715, .1430, .0363, .1633, .3974, .0366, .0088, .1637,
+                     .6875, .0824, .0269, .1227, .6911, .0778, .0271, .1676]}
     for i, ((data, target), row) in enumerate(reproduce_thesis.THESIS.items()):
         weighted, nelbo = THESIS[data][:4], THESIS[data][4:]
         k = ["x", "eps", "v", "s"].index(target)
@@ -151,9 +164,11 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
         assert (folder / "results/thesis/table4.1.md").read_text() == text
     made, judged = folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1", []
     before = (made / "steps-16-2000" / "samples.npy").read_bytes()
-    os.utime(made / "ckpt.pt", ((made / "steps-16-2000" / "metrics.json").stat().st_mtime + 10,) * 2)  # trained again since
+    os.utime(made / "ckpt.pt",
+             ((made / "steps-16-2000" / "metrics.json").stat().st_mtime + 10,) * 2)                # trained again since
     calls, original = [], kind_points.draw
-    monkeypatch.setattr(kind_points, "draw", lambda runs, *rest, **how: calls.append((len(runs.members), *rest[:3])) or original(runs, *rest, **how))
+    monkeypatch.setattr(kind_points, "draw", lambda runs, *rest, **how:
+                        calls.append((len(runs.members), *rest[:3])) or original(runs, *rest, **how))
     call("table4.1")
     assert calls == [(1, 16, 2000, 1)]
     evaluate = likelihood.evaluate
@@ -161,7 +176,8 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
     monkeypatch.setattr(likelihood, "evaluate", lambda *args, **kw: judged.append(args) or evaluate(*args, **kw))
     call("likelihood")
     assert len(judged) == 1
-    assert np.allclose(np.frombuffer(before[128:], np.float32), np.load(made / "steps-16-2000" / "samples.npy").ravel(), atol=1e-3)
+    assert np.allclose(np.frombuffer(before[128:], np.float32),
+                       np.load(made / "steps-16-2000" / "samples.npy").ravel(), atol=1e-3)
     (made / "ckpt.pt").unlink()
     with pytest.raises(AssertionError, match="done twice"):
         call("fig4.8")
@@ -176,10 +192,11 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
 
 def test_the_table_of_steps(study):
     folder, _, _ = study
-    rows = [line.split(" | ") for line in (folder / "results/beyond/steps.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line.split(" | ") for line in (folder / "results/beyond/steps.md").read_text().splitlines()
+            if line.startswith("| ")]
     assert [row[0] for row in rows[:5]] == ["| steps", "| ---", "| 2", "| 16", "| floor"]
-    made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"rings-x-mse-s{seed}" / "steps-2-2000" / "metrics.json").read_text())
-            for seed in range(2)]
+    made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"rings-x-mse-s{seed}" / "steps-2-2000"
+                        / "metrics.json").read_text()) for seed in range(2)]
     assert rows[2][1] == expected_cell([m["covariance_distance"] for m in made])
     gaps = [m["log_density"] - m["log_density_data"] for m in made]
     assert rows[2][4].startswith(f"{sum(gaps) / 2:.3f} +- ")
@@ -197,16 +214,18 @@ def test_the_table_of_steps(study):
 
 
 def metrics_of(folder, data, target, name):
-    return [json.loads((folder / "runs" / "stabilised-2-epochs" / f"{data}-{target}-mse-s{seed}" / name / "metrics.json").read_text())
-            for seed in range(2)]
+    return [json.loads((folder / "runs" / "stabilised-2-epochs" / f"{data}-{target}-mse-s{seed}" / name
+                        / "metrics.json").read_text()) for seed in range(2)]
 
 
 def test_the_tables_of_samplers(study):
     """Evaluations until the floor, v in few evaluations, eps and s on each grid: from the files of the runs."""
     folder, _, _ = study
-    rows = [line.strip("| ").split(" | ") for line in (folder / "results/beyond/steps.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in (folder / "results/beyond/steps.md").read_text().splitlines()
+            if line.startswith("| ")]
     t_grid, logsnr_grid, few, hard, noisy = rows[5:23], rows[23:41], rows[41:59], rows[59:69], rows[69:]
-    assert t_grid[0] == ["data", "target", "ancestral", "dpmpp"] and few[0][1] == "sampler, grid" and hard[0][2:4] == ["t, 16", "logsnr, 16"]
+    assert t_grid[0] == ["data", "target", "ancestral", "dpmpp"] \
+        and few[0][1] == "sampler, grid" and hard[0][2:4] == ["t, 16", "logsnr, 16"]
     assert len(hard) == 10 and len({tuple(row[:2]) for row in t_grid[2:]}) == 16
     distances = ["covariance_distance", "sliced_wasserstein"]
     for table, grid, numbers in (t_grid, "t", [2, 16]), (logsnr_grid, "logsnr", [16]):
@@ -216,7 +235,8 @@ def test_the_tables_of_samplers(study):
                 for distance in distances:
                     reached = "-"
                     for n in reversed(numbers):
-                        made = metrics_of(folder, data, target, f"steps-{n}-2000" + (f"-{sampler}-{grid}" if (sampler, grid) != ("ancestral", "t") else ""))
+                        made = metrics_of(folder, data, target, f"steps-{n}-2000" + (
+                            f"-{sampler}-{grid}" if (sampler, grid) != ("ancestral", "t") else ""))
                         floor = made[0][f"{distance}_floor"]
                         if sum(m[distance] for m in made) / 2 <= floor["mean"] + 2 * floor["std"] / 2**0.5:
                             reached = str(n)
@@ -228,8 +248,8 @@ def test_the_tables_of_samplers(study):
     data, how, n, *cells = few[4]
     assert (data, how, n) == ("clusters", "dpmpp, logsnr", "16")
     made = metrics_of(folder, "clusters", "v", "steps-16-2000-dpmpp-logsnr")
-    assert cells == [expected_cell([m[d] for m in made]) for d in distances] + [expected_cell([m["log_density"] - m["log_density_data"]
-                                                                                            for m in made])]
+    assert cells == [expected_cell([m[d] for m in made]) for d in distances] + [
+        expected_cell([m["log_density"] - m["log_density_data"] for m in made])]
     for row in hard[2], hard[-1]:
         made = metrics_of(folder, *row[:2], "steps-16-2000-dpmpp-logsnr")
         assert row[3] == study_file.cell([m["sliced_wasserstein"] for m in made])
@@ -253,7 +273,8 @@ def test_the_curves_over_evaluations(study):
         assert label == name.replace("_", " ") and list(panels) == list(reproduce_thesis.THESIS)
         floor, curves = panels["waves", "eps"]
         made = {n: metrics_of(folder, "waves", "eps", f"steps-{n}-2000-dpmpp-t") for n in (2, 16)}
-        assert curves["dpmpp"] == [(n, [m[name] for m in made[n]]) for n in (2, 16)] and list(curves) == ["ancestral", "dpmpp"]
+        assert curves["dpmpp"] == [(n, [m[name] for m in made[n]]) for n in (2, 16)] \
+            and list(curves) == ["ancestral", "dpmpp"]
         assert floor == made[2][0][f"{name}_floor"]
 
 
@@ -262,7 +283,8 @@ def test_the_table_of_likelihoods(study):
     text = (folder / "results/beyond/likelihood.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 80 and len({tuple(row[:3]) for row in rows}) == 80
-    for data, target, loss, kind, title in (("clusters", "x", "mse", "stabilised", "`mse`"), ("waves", "v", "nelbo", "exact", "`nelbo`"),
+    for data, target, loss, kind, title in (("clusters", "x", "mse", "stabilised", "`mse`"),
+                                            ("waves", "v", "nelbo", "exact", "`nelbo`"),
                                             ("rings", "s", "nelbo_stable", "stabilised", "`nelbo_stable`"),
                                             ("rings", "eps", "mse", "plain", "`mse`, exact"),
                                             ("waves", "x", "nelbo", "logsnr", "`nelbo`, log-SNR")):
@@ -281,7 +303,8 @@ def test_the_table_of_likelihoods(study):
             found["median"].append((exact - entropy).median().item())
         h = entropy.mean().item()
         assert row[3:5] == [study_file.cell(found["bound"]), study_file.cell(found["exact"])] and row[5] == f"{h:.3f}"
-        assert row[6:] == [study_file.cell([value - h for value in found["bound"]]), study_file.cell([value - h for value in found["exact"]]),
+        assert row[6:] == [study_file.cell([value - h for value in found["bound"]]),
+                           study_file.cell([value - h for value in found["exact"]]),
                            study_file.cell(found["median"])]
     assert "the first 500 test points" in text and "(4 draws" in text
     ratios = [float(value) for value in re.findall(r"([\d.]+) \((?:clusters|rings|swiss_roll|waves)\)", text)]
@@ -311,7 +334,8 @@ def test_every_figure_is_drawn_and_indexed(study):
 
 
 def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path, monkeypatch):
-    """runs.jsonl has a line for each run; with it and no networks the tables are the same but for the seconds, and the command."""
+    """runs.jsonl has a line for each run; with it and no networks the tables are the same but for the seconds, and the
+    command."""
     folder, drawn, _ = study
     shutil.copytree(folder / "results", tmp_path / "results")
     lines = [json.loads(line) for line in (tmp_path / "results/thesis/runs.jsonl").read_text().splitlines()]
@@ -319,19 +343,23 @@ def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path,
     one, = (line for line in lines if line["run"] == "stabilised/waves-v-mse-s1")
     last = history(folder, "mse", "waves", "v", 1)[-1]
     assert one["config"] == json.loads((folder / "runs/stabilised-2-epochs/waves-v-mse-s1/config.json").read_text())
-    assert one["curves"]["test_loss"][1] == pytest.approx(last["test_loss"], rel=1e-5) and one["seconds"] == last["seconds"]
+    assert one["curves"]["test_loss"][1] == pytest.approx(last["test_loss"], rel=1e-5) \
+        and one["seconds"] == last["seconds"]
     assert one["torch"] == torch.__version__ and one["machine"] == "cpu, 1 thread".replace("1 thread", run.device_name(
         torch.device("cpu")).split(", ")[1])
     drawn_before = {name: drawn[name][0] for name in ("fig4.8", "fig4.9", "fig4.14", "nelbo", "steps-covariance")}
 
     def never(*args, **kw):
         raise AssertionError("a network was used")
-    monkeypatch.setattr(run, "load", never), monkeypatch.setattr(run, "open", never), monkeypatch.setattr(train_points, "train_stack", never)
-    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu", "--recorded",
-                                        "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "results")])
+    monkeypatch.setattr(run, "load", never), monkeypatch.setattr(run, "open", never), \
+        monkeypatch.setattr(train_points, "train_stack", never)
+    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
+                                        "--device", "cpu", "--recorded", "--runs", str(tmp_path / "none"),
+                                        "--out", str(tmp_path / "results")])
     for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"):
         call(name)
-        old, new = ((root / "results" / document / f"{name}.md").read_text().splitlines() for root in (folder, tmp_path))
+        old, new = ((root / "results" / document / f"{name}.md").read_text().splitlines()
+                    for root in (folder, tmp_path))
         assert len(old) == len(new)
         for a, b in zip(old, new):
             assert a == b or "training" in a or "reproduce.py" in a or "Monte Carlo" in a
@@ -340,7 +368,8 @@ def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path,
         for a, b in zip(numbers(before), numbers(drawn[name][0]), strict=True):
             assert_close(b, a, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "results/thesis/runs.jsonl").read_text() == (folder / "results/thesis/runs.jsonl").read_text()
-    with pytest.raises(SystemExit, match="^no curves of stabilised/clusters-x-mse-s2 in runs.jsonl - leave out --recorded"):
+    with pytest.raises(SystemExit, match="^no curves of stabilised/clusters-x-mse-s2 in runs.jsonl - "
+                                         "leave out --recorded"):
         reproduce.main(["fig4.8", "--seeds", "3", "--epochs", "2", "--recorded", "--out", str(tmp_path / "results")])
     (tmp_path / "results/thesis/runs.jsonl").write_text("{")
     with pytest.raises(SystemExit, match="runs.jsonl is damaged - delete it"):
@@ -360,11 +389,12 @@ def numbers(panels):
 
 def test_the_line_of_a_run_keeps_what_other_results_had_of_it():
     before = [{"run": "a", "config": {"lr": 1}, "samples": {"t 2": [1.0]}, "seconds": 5}, {"run": "c", "config": {}}]
-    used = {"a": {"run": "a", "config": {"lr": 1}, "samples": {"t 4": [2.0]}, "seconds": 6}, "b": {"run": "b", "config": {}}}
+    used = {"a": {"run": "a", "config": {"lr": 1}, "samples": {"t 4": [2.0]}, "seconds": 6},
+            "b": {"run": "b", "config": {}}}
     assert reproduce.merged(before, used) == [
-        {"run": "a", "config": {"lr": 1}, "samples": {"t 2": [1.0], "t 4": [2.0]}, "seconds": 6}, {"run": "b", "config": {}},
-        {"run": "c", "config": {}}]
-    used["a"]["config"] = {"lr": 2}                                               # another run: nothing of the old one counts
+        {"run": "a", "config": {"lr": 1}, "samples": {"t 2": [1.0], "t 4": [2.0]}, "seconds": 6},
+        {"run": "b", "config": {}}, {"run": "c", "config": {}}]
+    used["a"]["config"] = {"lr": 2}                                         # another run: nothing of the old one counts
     assert reproduce.merged(before, used)[0]["samples"] == {"t 4": [2.0]}
 
 
@@ -382,14 +412,15 @@ def test_what_the_loss_figures_show(study):
             assert (values > optimum).all()
     excess, = drawn["nelbo"][0].values()
     values, optimum = excess["waves"]["s"]
-    made = [json.loads(line) for line in (folder / "runs/logsnr-2-epochs/waves-s-nelbo-s1/metrics.jsonl").read_text().splitlines()]
+    made = [json.loads(line) for line in
+            (folder / "runs/logsnr-2-epochs/waves-s-nelbo-s1/metrics.jsonl").read_text().splitlines()]
     assert optimum is None and values[1].tolist() == pytest.approx([h["test_nelbo"] - h["optimum_nelbo"] for h in made])
     panels = drawn["appendix2"][0]
     for target in study_file.TARGETS:
         (first, _, values, best), *_, last = panels[target]
         assert (first, last[0]) == ("epoch 1", "epoch 2")
-        assert values.tolist() == torch.tensor([history(folder, "mse", "swiss_roll", target, seed)[0]["train_loss_over_t"]
-                                                for seed in range(2)]).tolist()
+        assert values.tolist() == torch.tensor([
+            history(folder, "mse", "swiss_roll", target, seed)[0]["train_loss_over_t"] for seed in range(2)]).tolist()
         errors = kind_points.optimal_errors("swiss_roll", target, "cosine", 1e-6, 0.01)
         assert abs(best.mean() / errors.mean() - 1) < 0.01           # bins of equal size
 
@@ -413,8 +444,10 @@ def test_what_the_images_of_points_show(study):
     root = folder / "runs" / "stabilised-2-epochs"
     panels = drawn["fig4.12"][0]
     assert len(panels) == 36
-    assert np.array_equal(panels["rings", "s, NELBO"][0], np.load(root / "rings-s-nelbo_stable-s0/steps-16-2000/samples.npy")[:2000])
-    assert np.array_equal(panels["waves", "x, weighted"][0], np.load(root / "waves-x-mse-s0/steps-16-2000/samples.npy")[:2000])
+    assert np.array_equal(panels["rings", "s, NELBO"][0],
+                          np.load(root / "rings-s-nelbo_stable-s0/steps-16-2000/samples.npy")[:2000])
+    assert np.array_equal(panels["waves", "x, weighted"][0],
+                          np.load(root / "waves-x-mse-s0/steps-16-2000/samples.npy")[:2000])
     panels = drawn["appendix4"][0]
     assert len(panels) == 16
     points, text = panels["v, NELBO", "2 steps"]
@@ -462,11 +495,12 @@ def test_the_exact_nelbo_is_the_loss_with_t_uniform(monkeypatch):
             for target, d in (("x", 0.0), ("eps", 0.0), ("s", 0.01))]
     for terms in best[1:]:
         assert_close(terms, best[0], rtol=0.02, atol=0.02)
-    assert abs(best[0].mean() - 5.53) < 3 * best[0].std() / len(best[0])**0.5           # ERRATA.md of the clusters, float64
+    assert abs(best[0].mean() - 5.53) < 3 * best[0].std() / len(best[0])**0.5       # ERRATA.md of the clusters, float64
     normal = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
     monkeypatch.setitem(DATASETS, "normal", normal)
     terms = study_file.exact_nelbo(normal.optimal_model("v", COSINE), "v", "normal")
-    half_range = -torch.log(torch.tan(torch.tensor(0.001 * torch.pi / 2))).item()  # 1/2 integral of sigmoid over log-SNR
+    # 1/2 integral of sigmoid over log-SNR
+    half_range = -torch.log(torch.tan(torch.tensor(0.001 * torch.pi / 2))).item()
     assert abs(terms.mean() - half_range / 0.998) < 4 * terms.std() / len(terms)**0.5
 
 
@@ -481,23 +515,27 @@ def test_nothing_lies_below_the_optimum_by_more_than_its_monte_carlo_error(targe
     for push in 0.05 * exact, -0.05 * exact, 0.1 * z, 0.1 * MLP(width=32)(z, t).detach(), 0.1 * torch.sin(5 * z):
         excess = (losses.weighted_error(exact + push, y, torch.ones_like(t)) - best)[:, None] * weights
         error = excess.std(0) / len(t)**0.5
-        cost = (push.square().mean(1)[:, None] * weights).mean(0)    # the errors of the exact denoiser are orthogonal to it
+        cost = (push.square().mean(1)[:, None] * weights).mean(0)    # the exact denoiser's errors are orthogonal to it
         assert (excess.mean(0) > -3 * error).all() and ((excess.mean(0) - cost).abs() < 4 * error).all()
     assert_close(kind_points.optimum(config, weights), (best[:, None] * weights).mean(0))
 
 
 def test_quick_and_other_settings_do_not_touch_the_results(monkeypatch):
     made = []
-    monkeypatch.setattr(reproduce, "make", lambda name, args: made.append((name, args.out, args.seeds, args.epochs, args.num_samples)))
-    reproduce.main(["table4.1", "--quick"]), reproduce.main(["fig4.8"]), reproduce.main(["fig4.8", "--epochs", "3", "--runs", "a"])
-    assert made == [("table4.1", "runs/results", 1, 20, 2500), ("fig4.8", "results", 3, 100, 10_000), ("fig4.8", "a/results", 3, 3, 10_000)]
+    monkeypatch.setattr(reproduce, "make", lambda name, args: made.append((name, args.out, args.seeds, args.epochs,
+                                                                           args.num_samples)))
+    reproduce.main(["table4.1", "--quick"]), reproduce.main(["fig4.8"]), \
+        reproduce.main(["fig4.8", "--epochs", "3", "--runs", "a"])
+    assert made == [("table4.1", "runs/results", 1, 20, 2500), ("fig4.8", "results", 3, 100, 10_000),
+                    ("fig4.8", "a/results", 3, 3, 10_000)]
     made.clear()
     reproduce.main(["all"])
     assert [name for name, *_ in made] == [name for name in reproduce.RESULTS if name != "table4.2"]
 
 
-@pytest.mark.parametrize("arguments, message", [(["table4.3"], "invalid choice: 'table4.3' .choose from .*table4.1.*appendix6"),
-                                                (["fig4.8", "--seeds", "0"], "must be at least 1"), ([], "required")])
+@pytest.mark.parametrize("arguments, message", [
+    (["table4.3"], "invalid choice: 'table4.3' .choose from .*table4.1.*appendix6"),
+    (["fig4.8", "--seeds", "0"], "must be at least 1"), ([], "required")])
 def test_wrong_arguments_exit_with_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(arguments)
@@ -508,16 +546,65 @@ def test_help_lists_every_name(capsys):
     with pytest.raises(SystemExit):
         reproduce.main(["--help"])
     out = capsys.readouterr().out
-    assert all(re.search(rf"^  {re.escape(name)} +{re.escape(title)}$", out, re.M) for name, (_, _, title) in reproduce.RESULTS.items())
+    assert all(re.search(rf"^  {re.escape(name)} +{re.escape(title)}$", out, re.M)
+               for name, (_, _, title) in reproduce.RESULTS.items())
 
 
 def test_the_agreement_with_the_thesis_counts_both_signs():
     deviations = {("rings", "x", "mse"): 0.051, ("rings", "s", "mse"): -0.0763, ("waves", "v", "mse"): -0.049}
-    assert reproduce_thesis.agreement(deviations)[0] == ("1 of 3 test losses lie within 5 % of the thesis's; the others: "
-                                                  "rings x mse +5.1 %, rings s mse -7.6 %.")
+    assert reproduce_thesis.agreement(deviations)[0] == (
+        "1 of 3 test losses lie within 5 % of the thesis's; the others: rings x mse +5.1 %, rings s mse -7.6 %.")
 
 
 def test_cells():
     assert study_file.cell([1.0, 3.0]) == "2.000 +- 1.414" and study_file.cell([0.12345]) == "0.123"
-    assert study_file.cell([-3e8, -5e8]) == "-4e+08 +- 1e+08" and study_file.cell([-0.5]) == "-0.500" and study_file.cell([-250.0]) == "-250"
+    assert study_file.cell([-3e8, -5e8]) == "-4e+08 +- 1e+08" \
+        and study_file.cell([-0.5]) == "-0.500" and study_file.cell([-250.0]) == "-250"
     assert study_file.cell([150.0, 250.0]) == "200 +- 71"
+
+
+def small_study(**args):
+    """A Study, of one run that needs no file, and what it keeps of it in runs.jsonl."""
+    study = study_file.Study(types.SimpleNamespace(device="cpu", recorded=False, num_samples=2000, **args))
+    one = types.SimpleNamespace(recipe="exact", config=dict(stabiliser=0.0, data="clusters"),
+                                model=lambda device="cpu": MLP(width=8))
+    return study, one, lambda: study.used["exact/clusters-x-nelbo-s0"]
+
+
+def test_the_error_of_an_exact_nelbo_is_that_of_its_distance_from_the_optimum(monkeypatch):
+    """Network and optimum are tested on the same points, and most of the noise is common to both."""
+    study, one, kept = small_study()
+    best = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 50 + 5
+    excess = torch.rand(1000, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(study_file, "exact_nelbo", lambda *args: best + excess)
+    value, error = study.exact_nelbo({("clusters", "x", "nelbo", 0): one}, ("clusters", "x", "nelbo", 0), best)
+    assert value == pytest.approx((best + excess).mean().item(), rel=1e-6)
+    assert error == pytest.approx(np.std(excess.numpy(), ddof=1) / 1000**0.5, rel=1e-3) and error < 0.02
+    assert kept()["nelbo"] == pytest.approx([value, error], rel=1e-7)
+
+
+def test_points_that_lose_more_than_100_nats_in_the_flow_are_counted(tmp_path, monkeypatch):
+    study, one, kept = small_study()
+    x = torch.zeros(5, 2, dtype=torch.float64)
+    monkeypatch.setattr(kind_points, "test_examples", lambda *args: x)
+    entropy = -DATASETS["clusters"].log_prob(x)
+    gaps = torch.tensor([0.5, 99.0, 101.0, -150.0, 1e4], dtype=torch.float64)
+    terms = {"bound": entropy + 1, "exact": entropy + gaps}
+    monkeypatch.setattr(likelihood, "evaluate", lambda *args, **how: (dict(terms), 7))
+    one.folder = tmp_path
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    found = study.likelihoods({("clusters", "x", "nelbo", 0): one})["clusters", "x", "nelbo", 0]
+    assert found["lost"] == 2 and found["exact median"] == pytest.approx(99)
+    assert found["bound gap"] == pytest.approx([1, 0])
+    assert found["exact gap"] == pytest.approx([gaps.mean().item(), gaps.std().item() / 5**0.5])
+    assert kept()["likelihood"]["lost"] == 2
+
+
+def test_recorded_numbers_are_read_and_not_written():
+    """Of a study made from runs.jsonl nothing is noted: lines without settings would take the place of those with."""
+    study, one, _ = small_study()
+    study.args.recorded = True
+    one.history = [{"test_loss": 2.0, "train_loss_over_t": [1.0]}]
+    key = "clusters", "x", "nelbo", 0
+    assert study.curve({key: one}, key, "test_loss") == [2.0] and study.over_t({key: one}, key, 1) == [1.0]
+    assert study.used == {}

@@ -213,9 +213,10 @@ def test_sampler_and_grid_reach_the_samples_and_the_record(trained, tmp_path, ca
     assert args.how == dict(sampler="ancestral", grid="t")
 
 
-@pytest.mark.parametrize("arguments, message", [(["--sampler", "plms"], "invalid choice: 'plms' .choose from .*ancestral"),
-                                                (["--grid", "x"], "invalid choice: 'x'"), (["--eta", "2"], "must be in"),
-                                                (["--eta", "0.5"], "--eta is for --sampler ddim, ancestral has none")])
+@pytest.mark.parametrize("arguments, message", [
+    (["--sampler", "plms"], "invalid choice: 'plms' .choose from .*ancestral"),
+    (["--grid", "x"], "invalid choice: 'x'"), (["--eta", "2"], "must be in"),
+    (["--eta", "0.5"], "--eta is for --sampler ddim, ancestral has none")])
 def test_a_wrong_sampler_exits_with_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(arguments)

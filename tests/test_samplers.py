@@ -1,4 +1,5 @@
-"""The samplers against closed-form recursions on Gaussian data, each other, diffusers' solver and their order of convergence."""
+"""The samplers against closed-form recursions on Gaussian data, each other, diffusers' solver and their order of
+convergence."""
 import functools
 import math
 
@@ -109,7 +110,7 @@ def test_gaussian_data_follow_the_recursion_of_the_sampler(name, grid, sampler, 
     dalpha, dsigma = derivatives(name, times)
     k = alpha * c**2 / (alpha**2 * c**2 + sigma**2)
     e = (1 - alpha * k) / sigma
-    slope = dalpha * k + dsigma * e                                            # dz/dt of the flow = alpha' x + sigma' eps
+    slope = dalpha * k + dsigma * e                                          # dz/dt of the flow = alpha' x + sigma' eps
     drift = dalpha / alpha
     g_sq = 2 * sigma * dsigma - 2 * drift * sigma**2
     seed = lambda: torch.Generator().manual_seed(3)
@@ -149,8 +150,8 @@ def test_gaussian_data_follow_the_recursion_of_the_sampler(name, grid, sampler, 
         g = seed()
         z, var = gain_all * noise(), gain_all**2
     options = {} if eta is None else {"eta": eta}
-    found = samplers.sample(gaussian_model(c, name), (20_000, 1), steps, target="x", schedule=SCHEDULES[name], sampler=sampler,
-                            grid=grid, t_min=t_min, generator=seed(), dtype=F64, **options)
+    found = samplers.sample(gaussian_model(c, name), (20_000, 1), steps, target="x", schedule=SCHEDULES[name],
+                            sampler=sampler, grid=grid, t_min=t_min, generator=seed(), dtype=F64, **options)
     assert_close(found, k[-1] * z, rtol=1e-5, atol=1e-6 * found.abs().max().item())
     assert_close(found.var().item(), (k[-1]**2 * var).item(), rtol=0.05, atol=0)
 
@@ -158,8 +159,9 @@ def test_gaussian_data_follow_the_recursion_of_the_sampler(name, grid, sampler, 
 def exact(sampler, n, data="clusters", target="v", count=60, **options):
     """Samples with the exact denoiser, from the same noise, in float64."""
     schedule = SCHEDULES["cosine"]
-    return samplers.sample(DATASETS[data].optimal_model(target, schedule), (count, 2), n, target=target, schedule=schedule,
-                           sampler=sampler, generator=torch.Generator().manual_seed(2), dtype=F64, **options)
+    return samplers.sample(DATASETS[data].optimal_model(target, schedule), (count, 2), n, target=target,
+                           schedule=schedule, sampler=sampler, generator=torch.Generator().manual_seed(2), dtype=F64,
+                           **options)
 
 
 exact_end = functools.cache(lambda: exact("heun", 8191, grid="logsnr", count=20))
@@ -189,8 +191,8 @@ def test_the_samplers_of_the_ode_end_in_the_same_points_and_those_with_noise_do_
 def test_ddim_with_eta_1_is_ancestral_and_its_first_step_that_of_dpmpp(name):
     schedule = SCHEDULES[name]
     draw = lambda sampler, n, **options: samplers.sample(
-        DATASETS["clusters"].optimal_model("eps", schedule), (50, 2), n, target="eps", schedule=schedule, sampler=sampler,
-        generator=torch.Generator().manual_seed(2), dtype=F64, **options)
+        DATASETS["clusters"].optimal_model("eps", schedule), (50, 2), n, target="eps", schedule=schedule,
+        sampler=sampler, generator=torch.Generator().manual_seed(2), dtype=F64, **options)
     assert_close(draw("ddim", 12, eta=1.0), draw("ancestral", 12), rtol=1e-6, atol=1e-8)
     assert_close(draw("ddim", 2), draw("dpmpp", 2), rtol=1e-6, atol=1e-8)
     assert (draw("ddim", 3) - draw("dpmpp", 3)).abs().max() > 1e-3
@@ -200,7 +202,8 @@ def test_dpmpp_is_diffusers():
     diffusers = pytest.importorskip("diffusers")
     schedule, n = SCHEDULES["cosine"], 7
     times = samplers.GRIDS["t"](n, schedule, 1e-3, dtype=F64)
-    theirs = diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero")
+    theirs = diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++",
+                                                   final_sigmas_type="zero")
     theirs.set_timesteps(n)
     theirs.sigmas = torch.cat([schedule.sigma(times) / schedule.alpha(times), torch.zeros(1, dtype=F64)])
     assert len(theirs.timesteps) == n
@@ -213,8 +216,8 @@ def test_dpmpp_is_diffusers():
     assert_close(exact("dpmpp", n, target="x"), z, rtol=1e-5, atol=1e-5)
 
 
-COARSE = {"clusters": DATASETS["clusters"], "rings": standardised(*rings(100)), "swiss_roll": standardised(*swiss_roll(150)),
-          "waves": standardised(*waves(100))}                              # fewer centres: faster
+COARSE = {"clusters": DATASETS["clusters"], "rings": standardised(*rings(100)),
+          "swiss_roll": standardised(*swiss_roll(150)), "waves": standardised(*waves(100))}      # fewer centres: faster
 
 
 @pytest.mark.parametrize("data", COARSE)
@@ -223,8 +226,8 @@ def test_every_sampler_converges_to_the_floor(sampler, data):
     schedule, g = SCHEDULES["cosine"], torch.Generator().manual_seed(5)
     steps = {"ancestral": 512, "sde": 256, "ddim": 192}.get(sampler, 64)
     real = DATASETS[data].sample(20_000, g)
-    samples = samplers.sample(COARSE[data].optimal_model("x", schedule), (2000, 2), steps, target="x", schedule=schedule,
-                              sampler=sampler, generator=g)
+    samples = samplers.sample(COARSE[data].optimal_model("x", schedule), (2000, 2), steps, target="x",
+                              schedule=schedule, sampler=sampler, generator=g)
     for distance, (mean, std) in metrics.floor(DATASETS[data], 2000, 20_000, 20, g).items():
         assert getattr(metrics, distance)(samples, real) < mean + 3.5 * std
 
@@ -237,12 +240,14 @@ def test_the_grids(name):
     i = torch.arange(n, dtype=F64)
     assert_close(samplers.GRIDS["t"](n, **like), t_min + (1 - 2 * t_min) * (n - i) / n)
     ends = torch.tensor([1 - t_min, t_min], dtype=F64)
-    alpha, sigma = alpha_sigma(name, torch.cat([ends, *(samplers.GRIDS[grid](n, **like) for grid in ("logsnr", "karras"))]))
+    alpha, sigma = alpha_sigma(name, torch.cat([ends, *(samplers.GRIDS[grid](n, **like)
+                                                        for grid in ("logsnr", "karras"))]))
     first, last = (sigma / alpha)[:2]
     assert_close((sigma / alpha).log()[2:2 + n], first.log() + i / (n - 1) * (last / first).log(), rtol=1e-6, atol=1e-7)
     expected = (first**(1 / 7) + i / (n - 1) * (last**(1 / 7) - first**(1 / 7)))**7
     assert_close((sigma / alpha)[2 + n:], expected, rtol=1e-6, atol=1e-9)
-    assert_close(samplers.karras(3, rho=3, **like)[1], schedule.t(-2 * (3 * (first**(1 / 3) + last**(1 / 3)).div(2).log())))
+    assert_close(samplers.karras(3, rho=3, **like)[1],
+                 schedule.t(-2 * (3 * (first**(1 / 3) + last**(1 / 3)).div(2).log())))
     for grid in samplers.GRIDS.values():
         assert_close(grid(1, **like), torch.tensor([1 - t_min], dtype=F64), rtol=0, atol=1e-9)
         assert grid(4, schedule, t_min, dtype=torch.float32).dtype == torch.float32
@@ -253,7 +258,8 @@ def test_the_grids(name):
 def test_the_number_of_evaluations(sampler, steps):
     seen = []
     model = lambda z, t: seen.append(t[0].item()) or torch.zeros_like(z)
-    samples = samplers.sample(model, (2, 1, 3, 4), steps, target="eps", schedule=SCHEDULES["cosine"], sampler=sampler, dtype=F64)
+    samples = samplers.sample(model, (2, 1, 3, 4), steps, target="eps", schedule=SCHEDULES["cosine"], sampler=sampler,
+                              dtype=F64)
     assert samples.shape == (2, 1, 3, 4)
     assert len(seen) == (steps if sampler != "heun" else steps - (steps % 2 == 0)) and abs(seen[0] - 0.999) < 1e-9
 
@@ -280,8 +286,9 @@ def test_a_stack_is_its_members_with_every_sampler():
     first, second = (data.optimal_model(target, schedule) for target in ("x", "v"))
     both = lambda z, t: torch.cat([first(*(c[:10] for c in (z, t))), second(*(c[10:] for c in (z, t)))])
     for sampler in samplers.SAMPLERS:
-        draw = lambda model, target: samplers.sample(model, (10, 2), 6, target=target, schedule=schedule, sampler=sampler,
-                                                     generator=torch.Generator().manual_seed(2), dtype=F64)
+        draw = lambda model, target, sampler=sampler: samplers.sample(
+            model, (10, 2), 6, target=target, schedule=schedule, sampler=sampler,
+            generator=torch.Generator().manual_seed(2), dtype=F64)
         assert_close(draw(both, ["x", "v"]), torch.cat([draw(first, "x"), draw(second, "v")]))
 
 
@@ -290,13 +297,31 @@ def test_times_that_are_the_same_in_float32_do_no_harm():
     times = samplers.GRIDS["karras"](512, SCHEDULES["cosine"], 1e-6, dtype=torch.float32)
     assert (times.diff() == 0).any()
     data = DATASETS["clusters"]
-    samples = samplers.sample(data.optimal_model("x", SCHEDULES["cosine"]), (500, 2), 512, target="x", schedule=SCHEDULES["cosine"],
-                              sampler="dpmpp", grid="karras", t_min=1e-6, generator=torch.Generator().manual_seed(0))
+    samples = samplers.sample(data.optimal_model("x", SCHEDULES["cosine"]), (500, 2), 512, target="x",
+                              schedule=SCHEDULES["cosine"], sampler="dpmpp", grid="karras", t_min=1e-6,
+                              generator=torch.Generator().manual_seed(0))
     assert abs(data.log_prob(samples).mean() + 0.96) < 0.15
 
 
 def test_unknown_names_and_too_few_steps():
-    for options, message in (dict(sampler="plms"), "unknown sampler 'plms': choose from ancestral, ddim, sde, euler, heun, dpmpp"), \
+    for options, message in (dict(sampler="plms"),
+                             "unknown sampler 'plms': choose from ancestral, ddim, sde, euler, heun, dpmpp"), \
                             (dict(grid="cosine"), "unknown grid 'cosine': choose from t, logsnr, karras"):
         with pytest.raises(ValueError, match=message):
             samplers.sample(None, (1, 2), 3, target="x", schedule=SCHEDULES["cosine"], **options)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp"])
+def test_the_flow_of_wide_gaussian_data_is_followed_however_far_it_goes(sampler):
+    """N(0, 10^2): z over its standard deviation stays what it was at first, so that most samples end beyond any range
+    of images."""
+    c, schedule, t_min = 10.0, SCHEDULES["cosine"], 1e-3
+    n = 799 if sampler == "heun" else 400
+    found = samplers.sample(gaussian_model(c, "cosine"), (100, 1), n, target="x", schedule=schedule, sampler=sampler,
+                            grid="logsnr", generator=torch.Generator().manual_seed(4), dtype=F64)
+    alpha, sigma = alpha_sigma("cosine", torch.tensor([1 - t_min, t_min], dtype=F64))
+    first = torch.randn(100, 1, generator=torch.Generator().manual_seed(4), dtype=F64)
+    var = alpha**2 * c**2 + sigma**2
+    expected = alpha[1] * c**2 / var[1] * (var[1] / var[0]).sqrt() * first
+    assert_close(found, expected, rtol=0.03 if sampler == "ddim" else 0.001, atol=1e-6)
+    assert (found.abs() > 4).sum() > 50

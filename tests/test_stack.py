@@ -20,14 +20,16 @@ import train_points
 from mlp import MLP
 
 FAST = ["--epochs", "3", "--batch-size", "5000", "--width", "16", "--device", "cpu"]
-STACK = ["--data", "clusters", "rings", "--target", "x", "s", "--loss", "mse", "nelbo", "--seeds", "2", "--stabiliser", "0.01"]
+STACK = ["--data", "clusters", "rings", "--target", "x", "s", "--loss", "mse", "nelbo", "--seeds", "2",
+         "--stabiliser", "0.01"]
 
 
 def assert_same_run(a, b):
     a, b = run.load(a), run.load(b)
     assert a["config"] == b["config"]
+    leaves = lambda state: [leaf for value in state.values()
+                            for leaf in (leaves(value) if isinstance(value, dict) else [value])]
     for part in "model", "optimizer":
-        leaves = lambda state: [leaf for value in state.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
         assert len(leaves(a[part])) == len(leaves(b[part])) > 0
         for p, q in zip(leaves(a[part]), leaves(b[part])):
             assert_close(p, q, rtol=1e-4, atol=1e-6)                 # what fused Adam rounds otherwise
@@ -71,7 +73,8 @@ def test_predictions_and_steps_of_plain_gradient_descent_are_the_same_bits(width
 
     def epoch(model, configs, data):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        return train_points.train_epoch(train_points.build_step(model, optimizer, len(configs)), optimizer, data, 0, configs)
+        return train_points.train_epoch(train_points.build_step(model, optimizer, len(configs)), optimizer, data, 0,
+                                        configs)
     values, over_t = epoch(together, names, data)
     for m, (model, config) in enumerate(zip(alone, names)):
         value, t = epoch(model, [config], [data[m]])
@@ -88,7 +91,8 @@ def test_a_checkpoint_holds_its_member_only(stacked):
 
 def test_an_interrupted_stack_goes_on_from_wherever_its_members_are(stacked, tmp_path, monkeypatch, capsys):
     """One run finished alone, a stack stopped in its second epoch, the rest never begun."""
-    train.main(["--data", "rings", "--target", "x", "--loss", "mse", "--stabiliser", "0.01", *FAST, "--out", str(tmp_path)])
+    train.main(["--data", "rings", "--target", "x", "--loss", "mse", "--stabiliser", "0.01", *FAST,
+                "--out", str(tmp_path)])
     original = train_points.train_epoch
 
     def stop(step, optimizer, data, epoch, *rest):
@@ -122,14 +126,16 @@ def test_a_diverging_member_is_named_when_the_others_are_done(tmp_path, monkeypa
         values[7, 1:] = float("nan")       # of the second member, if there is one
         return values, over_t
     monkeypatch.setattr(train_points, "train_epoch", diverge)
-    with pytest.raises(SystemExit, match="rings-x-mse-s0: the loss is not finite from step 7 on .* 0 finished epochs") as stop:
+    with pytest.raises(SystemExit, match="rings-x-mse-s0: the loss is not finite from step 7 on "
+                                         ".* 0 finished epochs") as stop:
         train.main(["--target", "eps", "x", "v", *FAST, "--stack", "2", "--out", str(tmp_path)])
     assert "\n" not in str(stop.value) and not (tmp_path / "rings-x-mse-s0" / "ckpt.pt").exists()
-    assert len(run.load(tmp_path / "rings-eps-mse-s0")["history"]) == len(run.load(tmp_path / "rings-v-mse-s0")["history"]) == 3
+    assert len(run.load(tmp_path / "rings-eps-mse-s0")["history"]) \
+        == len(run.load(tmp_path / "rings-v-mse-s0")["history"]) == 3
 
 
 def test_draws_are_made_once_for_all_targets_and_losses(tmp_path, monkeypatch):
-    """One noise generator an epoch and (set, seed), however many members share it."""
+    """One noise generator an epoch and (dataset, seed), however many members share it."""
     made, original = [], run.generator
     monkeypatch.setattr(run, "generator", lambda device, *key: made.append(key) or original(device, *key))
     start = time.perf_counter()
@@ -145,15 +151,18 @@ def test_samples_of_a_stack_are_those_of_its_members(stacked, tmp_path):
     sample.main(["--ckpt", *map(str, folders), *options, "--out", str(tmp_path / "many")])
     for folder in folders:
         sample.main(["--ckpt", str(folder), *options, "--out", str(tmp_path / folder.name)])
-        alone, together = (np.load(path / "samples.npy") for path in (tmp_path / folder.name, tmp_path / "many" / folder.name))
+        alone, together = (np.load(path / "samples.npy")
+                           for path in (tmp_path / folder.name, tmp_path / "many" / folder.name))
         assert_close(alone, together, rtol=1e-4, atol=1e-5)
     assert not np.allclose(together, np.load(tmp_path / "many" / folders[0].name / "samples.npy"), atol=0.1)
 
 
 def test_only_runs_alike_are_stacked():
-    opened = lambda i, **config: run.Run(str(i), {"config": dict(data="rings", target="x", loss="mse", seed=i) | config, "history": []})
+    opened = lambda i, **config: run.Run(
+        str(i), {"config": dict(data="rings", target="x", loss="mse", seed=i) | config, "history": []})
     runs = [opened(i, t_min=t_min) for i, t_min in enumerate([1e-3] * 10 + [1e-6] + [1e-3])]
-    assert [[int(one.folder.name) for one in group.members] for group in run.stacks(runs, "cpu")] == [[*range(8)], [8, 9, 11], [10]]
+    assert [[int(one.folder.name) for one in group.members] for group in run.stacks(runs, "cpu")] == [
+        [*range(8)], [8, 9, 11], [10]]
     assert [len(group.members) for group in run.stacks(runs, "cuda")] == [11, 1]
     for key, value in ("schedule", "linear"), ("stabiliser", 0.01), ("width", 16), ("t_density", "logsnr"):
         assert len(run.stacks([runs[0], opened(1, **{key: value})], "cpu")) == 2
@@ -191,7 +200,7 @@ def test_chunks_change_nothing(rows):
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
-    """With a graph that replays by calling the step again: what is tested is the warming up and the copying around it."""
+    """With a graph that replays by calling the step again: tested is the warming up and the copying around it."""
     calls = []
 
     class Graph:
@@ -214,7 +223,8 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
         if not fresh:
             step(*batches[0])
         if capture:
-            step = stack.captured(lambda *c: calls.append((c, original(*c))) or calls[-1][1], model, optimizer, batches[0])
+            step = stack.captured(lambda *c, original=original: calls.append((c, original(*c))) or calls[-1][1],
+                                  model, optimizer, batches[0])
         losses = [step(*batch).clone() for batch in batches]
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert len(calls) == 4                                           # three to warm up, one to capture
@@ -241,9 +251,34 @@ def test_a_captured_step_on_cuda_is_the_eager_one(resumed):
                 model.load_state_dict(weights)
                 optimizer = train_points.build_optimizer(model, configs[0])
                 parts = [stack.member(state, m) for m in range(2)]
-                optimizer.load_state_dict({"state": stack.join(parts), "param_groups": optimizer.state_dict()["param_groups"]})
+                optimizer.load_state_dict({"state": stack.join(parts),
+                                           "param_groups": optimizer.state_dict()["param_groups"]})
                 step = build(model, optimizer, 2, 512)
                 assert optimizer.param_groups[0]["lr"].is_cuda
             train_points.train_epoch(step, optimizer, [data, data], epoch, configs)
         results.append([p.detach().cpu() for p in model.parameters()])
     assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_warming_up_waits_for_what_was_queued_before_and_the_graph_for_the_warming_up(monkeypatch):
+    """On a stream of its own, as torch's notes on CUDA graphs have it: otherwise both could see half-written
+    weights."""
+    events = []
+    stream = lambda name: types.SimpleNamespace(
+        name=name, wait_stream=lambda other: events.append(f"{name} waits for {other.name}"))
+    main, side = stream("main"), stream("side")
+
+    @contextlib.contextmanager
+    def using(name):
+        events.append(f"{name} begins")
+        yield
+        events.append(f"{name} ends")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: using(s.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g: using("graph"))
+    model = MLP(width=8)
+    stack.captured(lambda z: events.append("step"), model, torch.optim.Adam(model.parameters()), (torch.zeros(2),))
+    assert events == ["side waits for main", "side begins", *3 * ["step"], "side ends", "main waits for side",
+                      "graph begins", "step", "graph ends"]

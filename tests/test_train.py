@@ -80,7 +80,7 @@ def test_draws_are_the_same_for_every_target_and_loss_and_differ_between_seeds(t
         fit(tmp_path, *extra)
     first, second, other = drawn
     epochs = lambda calls: [call for call in calls if not torch.equal(call[0], calls[0][0])]
-    assert all(torch.equal(a, b) for calls in drawn for a, b in zip(calls[0], first[0]))   # one test set, its noise fixed
+    assert all(torch.equal(a, b) for calls in drawn for a, b in zip(calls[0], first[0]))     # one test set, noise fixed
     first, second, other = epochs(first), epochs(second), epochs(other)
     assert len(first) == len(second) == len(other) == 2
     assert all(torch.equal(a, b) for one, two in zip(first, second) for a, b in zip(one, two))
@@ -118,13 +118,14 @@ def test_an_epoch_is_the_loop_written_by_hand(drawn):
     model = kind_points.build_model(config)
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step_losses, over_t = train_points.train_epoch(train_points.build_step(model, optimizer, 1), optimizer, [data], 1, [config])
+    step_losses, over_t = train_points.train_epoch(train_points.build_step(model, optimizer, 1), optimizer, [data], 1,
+                                                   [config])
     (x, t, eps), expected, errors = drawn[0], [], []
     assert len(x) == 20_000 and t.min() >= 0.05 and t.max() <= 0.95
     for i in range(4):
         part = slice(5000 * i, 5000 * (i + 1))
-        errors.append(losses.loss(by_hand, x[part], t[part], eps[part], target="s", loss="nelbo", schedule=SCHEDULES["ve"],
-                                  stabiliser=0.02))
+        errors.append(losses.loss(by_hand, x[part], t[part], eps[part], target="s", loss="nelbo",
+                                  schedule=SCHEDULES["ve"], stabiliser=0.02))
         value = errors[-1].mean()
         expected.append([value.item()])
         gradients = torch.autograd.grad(value, list(by_hand.parameters()))
@@ -154,11 +155,13 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
         assert abs(state["history"][0][key] / value - 1) < 1e-4
     grad = []
     batches = torch.ones(10, 4, 2)
-    kind_points.test(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches, torch.ones(2, 20, 3))
+    kind_points.test(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches,
+                     torch.ones(2, 20, 3))
     assert grad == 10 * [False]
 
 
-@pytest.mark.parametrize("t_min, low, schedule", [(1e-6, 1e-3, "cosine"), (0.05, 0.05, "cosine"), (1e-6, 1e-3, "linear")])
+@pytest.mark.parametrize("t_min, low, schedule", [(1e-6, 1e-3, "cosine"), (0.05, 0.05, "cosine"),
+                                                  (1e-6, 1e-3, "linear")])
 def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low, schedule):
     """Their mean over the test points whose t is in the range, whatever range the run is trained on."""
     config = dict(data="rings", target="s", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.01)
@@ -171,24 +174,27 @@ def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low, s
 
 
 def test_configs_are_all_combinations_each_once():
-    args = train.parse(["--data", "rings", "waves", "rings", "--target", "x", "v", "x", "--loss", "mse", "mse", "--seeds", "2",
-                        "--seed", "5"])
+    args = train.parse(["--data", "rings", "waves", "rings", "--target", "x", "v", "x", "--loss", "mse", "mse",
+                        "--seeds", "2", "--seed", "5"])
     assert [(c["data"], c["seed"], c["target"]) for c in settings.configs(args)] == [
         (data, seed, target) for data in ("rings", "waves") for seed in (5, 6) for target in ("x", "v")]
 
 
 def test_defaults_are_the_documented_ones():
     args = vars(train.parse([]))
-    shared = dict(target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, t_density="uniform", stabiliser=0.0, seed=0, seeds=1,
-                  device="auto", stack=None, out="runs", resume=False, overwrite=False)
-    images = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None, channel_mult=None, layers=None,
-                  mid_blocks=None, attention=None, precision="auto", ema=0.9999, warmup=1000, clip_norm=1.0, minutes=math.inf,
-                  test_every=2000, grid_every=10_000, compile=None)
-    assert args == dict(kind="points", **dict.fromkeys(images), **shared, data=["rings"], epochs=100, batch_size=512, lr=1e-3, width=128)
+    shared = dict(target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, t_density="uniform", stabiliser=0.0,
+                  seed=0, seeds=1, device="auto", stack=None, out="runs", resume=False, overwrite=False)
+    images = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None,
+                  channel_mult=None, layers=None, mid_blocks=None, attention=None, precision="auto", ema=0.9999,
+                  warmup=1000, clip_norm=1.0, minutes=math.inf, test_every=2000, grid_every=10_000, compile=None)
+    assert args == dict(kind="points", **dict.fromkeys(images), **shared, data=["rings"], epochs=100, batch_size=512,
+                        lr=1e-3, width=128)
     of_images = train.parse(["--data", "cifar10"])
-    assert vars(of_images) == dict(kind="images", **images, **shared, data=["cifar10"], epochs=500, batch_size=128, lr=2e-4, width=None)
+    assert vars(of_images) == dict(kind="images", **images, **shared, data=["cifar10"], epochs=500, batch_size=128,
+                                   lr=2e-4, width=None)
     assert settings.configs(of_images)[0].items() >= unet.PRESETS["ddpm"].items()
-    changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32", "--attention", "0"]))
+    changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32",
+                                             "--attention", "0"]))
     assert changed.items() >= (unet.PRESETS["thesis"] | dict(channels=32, attention=[0])).items()
     config, = settings.configs(train.parse([]))
     optimizer = train_points.build_optimizer(kind_points.build_model(config), config)
@@ -197,13 +203,15 @@ def test_defaults_are_the_documented_ones():
 
 
 def test_history_says_what_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_points, "train_epoch", lambda *args, **kw: (torch.tensor([[1.0], [3.0]]), torch.ones(1, 20)))
+    monkeypatch.setattr(train_points, "train_epoch",
+                        lambda *args, **kw: (torch.tensor([[1.0], [3.0]]), torch.ones(1, 20)))
     fit(tmp_path, "--epochs", "1")
     folder = tmp_path / "clusters-eps-mse-s0"
     assert run.load(folder)["history"][0]["train_loss"] == 2
     nan = torch.tensor([[1.0], [1.0], [float("nan")], [1.0]])
     epochs = []
-    monkeypatch.setattr(train_points, "train_epoch", lambda *args, **kw: epochs.append(args[3]) or (nan, torch.ones(1, 20)))
+    monkeypatch.setattr(train_points, "train_epoch",
+                        lambda *args, **kw: epochs.append(args[3]) or (nan, torch.ones(1, 20)))
     for file in "samples.npy", "samples.png", "metrics.json":
         (folder / file).write_text("of the old run")
     with pytest.raises(SystemExit, match="from step 2 on"):
@@ -222,8 +230,8 @@ def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     fit(tmp_path / "a", "--epochs", "2")
     folder = tmp_path / "a" / "clusters-eps-mse-s0"
     state = run.load(folder)
-    assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
-                                      "batch_size", "lr", "width"}
+    assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
+                                      "epochs", "batch_size", "lr", "width"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt
@@ -353,7 +361,8 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "moons"], "unknown data 'moons': choose from clusters"),
     (["--epochs", "0"], "must be at least 1"), (["--epochs", "two"], "'two' is not a whole number"),
     (["--batch-size", "60000"], r"must be in \[1, 50000\]"), (["--t-min", "0.7"], "must be in"),
-    (["--lr", "nan"], "must be at least 0"), (["--lr", "inf"], "must be at least 0"), (["--seed", "-1"], "must be in"), (["--seed", "9" * 20], "must be in"),
+    (["--lr", "nan"], "must be at least 0"), (["--lr", "inf"], "must be at least 0"),
+    (["--seed", "-1"], "must be in"), (["--seed", "9" * 20], "must be in"),
     (["--resume", "--overwrite"], "choose one"), (["--target", "u", "--loss", "nelbo_stable"], "no weight")])
 def test_wrong_arguments_exit_with_2_and_one_sentence(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
@@ -403,3 +412,53 @@ def test_ctrl_c_is_exit_code_130_and_one_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         run.script(main, "go on")
     assert stop.value.code == 130 and capsys.readouterr().err == "\nstopped - go on\n"
+
+
+def importance_of(t, t_min):
+    """1 / (p(t) (1 - 2 t_min)) with log-SNR = 2 log cot(pi t / 2) uniform, that of the cosine schedule: by autograd."""
+    logsnr = lambda t: -2 * torch.log(torch.tan(math.pi / 2 * t))
+    t = t.double().requires_grad_()
+    slope, = torch.autograd.grad(logsnr(t).sum(), t)
+    first, last = logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64))
+    return ((last - first) / (-slope * (1 - 2 * t_min))).float()
+
+
+def test_with_log_snr_uniform_a_step_goes_down_the_gradient_of_the_loss_times_the_importance(drawn):
+    config, = settings.configs(train.parse([*FAST, "--target", "v", "--loss", "nelbo", "--t-min", "0.02", "--t-density",
+                                            "logsnr", "--lr", "0.01"]))
+    torch.manual_seed(0)
+    model = kind_points.build_model(config)
+    by_hand, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=1.0)
+    data = DATASETS["clusters"].sample(5000, torch.Generator().manual_seed(0))
+    step = train_points.build_step(model, optimizer, 1)
+    step_losses, _ = train_points.train_epoch(step, optimizer, [data], 0, [config])
+    (x, t, eps), = drawn
+    unweighted = losses.loss(by_hand, x, t, eps, target="v", loss="nelbo", schedule=SCHEDULES["cosine"])
+    values = unweighted * importance_of(t, 0.02)
+    assert abs(values.mean() / unweighted.mean() - 1) > 0.2
+    torch.testing.assert_close(step_losses, values.mean().detach()[None, None], rtol=1e-4, atol=0)
+    gradients = torch.autograd.grad(values.mean(), list(by_hand.parameters()))
+    for p, q, gradient in zip(model.parameters(), by_hand.parameters(), gradients):
+        torch.testing.assert_close(p - q, -0.01 * gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_over_t_is_that_of_t_uniform_whatever_the_density_in_training(drawn):
+    """At a rate of 0, so that it is one network: each bin within 4.5 of its standard errors, and those are small."""
+    config, = settings.configs(train.parse([*FAST, "--target", "v", "--t-density", "logsnr", "--lr", "0"]))
+    torch.manual_seed(0)
+    model, data = kind_points.build_model(config), kind_points.load(config, "train")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = train_points.build_step(model, optimizer, 1)
+    _, over_t = train_points.train_epoch(step, optimizer, [data], 0, [config])
+    k = lambda t: ((t - 0.001) / 0.998 * 20).long().clamp(0, 19)
+    t, eps = losses.sample_t((50_000,), generator=torch.Generator().manual_seed(1)), torch.randn(50_000, 2)
+    importance = importance_of(drawn[0][1], 0.001)
+    with torch.no_grad():
+        errors = losses.loss(model, data, t, eps, target="v", loss="mse", schedule=SCHEDULES["cosine"])
+        weighted = losses.loss(model, *drawn[0], target="v", loss="mse", schedule=SCHEDULES["cosine"]) * importance
+    for i in range(20):
+        uniform, here = errors[k(t) == i], k(drawn[0][1]) == i
+        terms, counts = weighted[here], importance[here]               # the loss of a bin is the ratio of their means
+        of_ratio = (terms - over_t[0, i] * counts).std() / counts.mean() / len(counts)**0.5
+        error = (uniform.var() / len(uniform) + of_ratio**2).sqrt()
+        assert abs(over_t[0, i] - uniform.mean()) < 4.5 * error < 0.25 * uniform.mean()

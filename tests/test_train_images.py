@@ -26,8 +26,8 @@ import train
 import train_images
 import unet
 
-SMALL = ["--channels", "8", "--channel-mult", "1", "2", "--layers", "1", "--attention", "4", "--batch-size", "8", "--lr", "0.01",
-         "--warmup", "4", "--device", "cpu"]
+SMALL = ["--channels", "8", "--channel-mult", "1", "2", "--layers", "1", "--attention", "4", "--batch-size", "8",
+         "--lr", "0.01", "--warmup", "4", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def history(folder):
 
 
 def test_the_loop_is_the_loop_typed_again(trained, folder):
-    """AdamW with a linear warm-up, clipped gradients, EMA with a warm-up, on batches that are a function of the step."""
+    """AdamW with a linear warm-up, clipped gradients, EMA with a warm-up, batches that are a function of the step."""
     state = run.load(trained)
     config = state["config"]
     torch.manual_seed(0)
@@ -73,7 +73,8 @@ def test_the_loop_is_the_loop_typed_again(trained, folder):
     average, train_losses = [p.detach().clone() for p in model.parameters()], []
     for step in range(10):
         x, t, eps, importance = train_images.batch(data, step, config)
-        alpha, sigma = torch.cos(torch.pi / 2 * t)[:, None, None, None], torch.sin(torch.pi / 2 * t)[:, None, None, None]
+        alpha, sigma = torch.cos(torch.pi / 2 * t)[:, None, None, None], \
+            torch.sin(torch.pi / 2 * t)[:, None, None, None]
         loss = ((model(alpha * x + sigma * eps, t) - (alpha * eps - sigma * x))**2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -116,9 +117,12 @@ def test_batches_are_a_function_of_seed_and_step():
     again = train_images.batch(data, 4, config)
     assert all(torch.equal(a, b) for a, b in zip(batches[4], again))
     assert not torch.equal(train_images.batch(data, 4, config | dict(seed=4))[2], again[2])
+    of_seed = [train_images.batch(data, 0, config | dict(seed=seed, flip=False))[0][:, 0, 0, 2] for seed in (3, 4)]
+    assert sorted(of_seed[0].tolist()) != sorted(of_seed[1].tolist())      # other images, not only other noise
     orders = []
     for epoch in 0, 1:                                     # three batches of 6 out of 20, each image at most once
-        orders.append(torch.cat([images.to_uint8(batches[3 * epoch + i][0])[:, 0, 0, 1:3].amin(1) for i in range(3)]).tolist())
+        orders.append(torch.cat([images.to_uint8(batches[3 * epoch + i][0])[:, 0, 0, 1:3].amin(1)
+                                 for i in range(3)]).tolist())
         assert len(set(orders[-1])) == 18
     assert orders[0] != orders[1]
     x = torch.cat([x for x, *_ in batches])
@@ -174,8 +178,8 @@ def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeyp
     seen, original = [], samplers.sample
     monkeypatch.setattr(samplers, "sample",
                         lambda model, *args, **kw: seen.append((model.schedule, kw)) or original(model, *args, **kw))
-    train.main(command(folder, tmp_path, "--epochs", "1", "--target", "s", "--schedule", "ve", "--t-min", "0.05", "--stabiliser",
-                       "0.02", "--seed", "3", "--lr", "0", "--image-size", "6", "--preset", "thesis"))
+    train.main(command(folder, tmp_path, "--epochs", "1", "--target", "s", "--schedule", "ve", "--t-min", "0.05",
+                       "--stabiliser", "0.02", "--seed", "3", "--lr", "0", "--image-size", "6", "--preset", "thesis"))
     state = run.load(only(tmp_path))
     torch.manual_seed(3)                                   # at a rate of 0 the first weights stay
     preset = unet.PRESETS["thesis"] | dict(channels=8, channel_mult=[1, 2], layers=1, attention=[4])
@@ -183,19 +187,22 @@ def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeyp
     assert state["config"]["shape"] == [3, 6, 6] and all(torch.equal(state["model"][key], first[key]) for key in first)
     (schedule, grid), = seen
     assert schedule == grid["schedule"] == ddpm.SCHEDULES["ve"] and (grid["stabiliser"], grid["t_min"]) == (0.02, 0.05)
-    sample.main(["--ckpt", str(only(tmp_path)), "--steps", "2", "--num-samples", "2", "--batch-size", "2", "--t-min", "0.1",
-                 "--seed", "7", "--sampler", "ddim", "--eta", "0.5", "--grid", "karras", "--device", "cpu"])
+    sample.main(["--ckpt", str(only(tmp_path)), "--steps", "2", "--num-samples", "2", "--batch-size", "2",
+                 "--t-min", "0.1", "--seed", "7", "--sampler", "ddim", "--eta", "0.5", "--grid", "karras",
+                 "--device", "cpu"])
     assert [seen[1][1][key] for key in ("t_min", "sampler", "eta", "grid")] == [0.1, "ddim", 0.5, "karras"]
     settings = json.loads((only(tmp_path) / "samples/settings.json").read_text())
-    assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, sampler="ddim", eta=0.5, grid="karras",
-                                                t_min=0.1, clip=True, sampling_seed=7, batch_size=2, precision="fp32")
+    assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, sampler="ddim",
+                                                eta=0.5, grid="karras", t_min=0.1, clip=True, sampling_seed=7,
+                                                batch_size=2, precision="fp32")
     with kind_images.autocast(dict(precision="bf16"), torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu")
 
 
 def test_several_sets_in_one_call(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "again")
-    train.main(["--data", str(folder), str(tmp_path / "again"), "--out", str(tmp_path / "runs"), *SMALL, "--epochs", "1"])
+    train.main(["--data", str(folder), str(tmp_path / "again"), "--out", str(tmp_path / "runs"), *SMALL,
+                "--epochs", "1"])
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"squares-eps-mse-s0", "again-eps-mse-s0"}
 
 
@@ -283,7 +290,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path, monkey
     monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
     killed(monkeypatch, argv, 4)
     state = run.load(only(tmp_path))
-    state["recent"] = [column[:, :4] if column.ndim == 2 else column for column in state["recent"]]     # as of two processes
+    state["recent"] = [column[:, :4] if column.ndim == 2 else column for column in state["recent"]]   # of two processes
     run.save(only(tmp_path) / "ckpt.pt", {key: value for key, value in state.items() if key != "format"})
     train.main([*argv, "--resume"])
     assert run.load(only(tmp_path))["step"] == 10
@@ -292,15 +299,16 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path, monkey
 def test_two_processes_have_the_loss_curve_of_one(trained, folder, tmp_path):
     """torchrun with gloo: the batch is divided, gradients and losses are those of the whole."""
     argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "2", "--grid-every", "5")
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv],
-                            cwd=Path(train.__file__).parent, capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})})
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             "train.py", *argv], cwd=Path(train.__file__).parent, capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", **(
+                                {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})})
     assert result.returncode == 0, result.stderr
     for one, two in zip(history(trained), history(only(tmp_path)), strict=True):
         for key in "train_loss", "test_loss", "test_nelbo", "gradient_norm":
             assert two[key] == pytest.approx(one[key], rel=1e-3), key
     whole, divided = run.load(trained), run.load(only(tmp_path))
-    assert_close(divided["ema"], whole["ema"], rtol=1e-3, atol=2e-3)      # steps of Adam amplify rounding: the rate is 0.01
+    assert_close(divided["ema"], whole["ema"], rtol=1e-3, atol=2e-3)  # steps of Adam amplify rounding: the rate is 0.01
 
 
 @pytest.mark.parametrize("argv, message, code", [
@@ -335,6 +343,17 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(trained, folde
         train.main([*argv, "--channels", "16", "--resume"])
 
 
+def test_a_run_that_is_there_already_stops_the_call_before_the_first_is_trained(trained, folder, tmp_path):
+    shutil.copytree(trained, tmp_path / "squares-v-mse-s0")
+    with pytest.raises(SystemExit, match="squares-v-mse-s0 holds this run already"):
+        train.main(["--data", str(folder), "--target", "eps", "v", "--out", str(tmp_path), *SMALL, "--epochs", "2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["squares-v-mse-s0"]
+    shutil.copytree(folder, tmp_path / "other" / "squares")
+    with pytest.raises(SystemExit, match="two of these runs would share a folder"):
+        train.main(["--data", str(folder), str(tmp_path / "other" / "squares"), "--out", str(tmp_path / "runs"), *SMALL])
+    assert not (tmp_path / "runs").exists()
+
+
 class Features(torch.nn.Module):
     """In place of Inception: the mean colour."""
     dims = 3
@@ -366,7 +385,8 @@ def test_samples_are_those_of_the_averaged_weights(trained, drawn):
     times = torch.tensor([0.001 + 0.998 * i / 3 for i in range(4)])
     for i in 3, 2, 1:
         t = times[i]
-        (a_s, a_t), (s_s, s_t) = torch.cos(torch.pi / 2 * times[[i - 1, i]]), torch.sin(torch.pi / 2 * times[[i - 1, i]])
+        (a_s, a_t), (s_s, s_t) = torch.cos(torch.pi / 2 * times[[i - 1, i]]), \
+            torch.sin(torch.pi / 2 * times[[i - 1, i]])
         with torch.no_grad():
             x_hat = (a_t * z - s_t * model(z, t.expand(4))).clamp(-1, 1)
         var_ts = s_t**2 - (a_t / a_s)**2 * s_s**2
@@ -413,8 +433,8 @@ def test_clipping_is_optional(trained, tmp_path, monkeypatch):
     clips, original = [], samplers.sample
     monkeypatch.setattr(samplers, "sample", lambda *args, **kw: clips.append(kw["clip"]) or original(*args, **kw))
     for flag in "--clip", "--no-clip":
-        sample.main(["--ckpt", str(trained), "--steps", "1", "--num-samples", "2", "--device", "cpu", "--out", str(tmp_path / flag),
-                     flag])
+        sample.main(["--ckpt", str(trained), "--steps", "1", "--num-samples", "2", "--device", "cpu",
+                     "--out", str(tmp_path / flag), flag])
     assert clips == [1.0, float("inf")]
 
 
@@ -425,10 +445,12 @@ def test_fid_of_a_run(trained, folder, drawn, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
     sample.main([*argv, "--fid", "--data-dir", str(out / "cache")])
     of = lambda x: metrics.moments(10 * (x.float() / 255).mean((2, 3)))
-    expected = metrics.frechet_distance(*of(images.read_folder(out / "samples")), *of(images.load(str(folder), "train"))).item()
+    expected = metrics.frechet_distance(*of(images.read_folder(out / "samples")),
+                                        *of(images.load(str(folder), "train"))).item()
     result = json.loads((out / "metrics.json").read_text())
     assert result["fid"] == pytest.approx(expected, rel=1e-6) and result["fid_reference"] == 40
-    assert "10 samples (EMA, sampler ancestral, grid t, 3 steps, clipped) against 40 images of" in capsys.readouterr().out
+    assert "10 samples (EMA, sampler ancestral, grid t, 3 steps, clipped) against 40 images of" \
+        in capsys.readouterr().out
     cached, = (out / "cache").glob("*.npz")
     assert "train" in cached.name and "3x8x8" in cached.name
 
@@ -454,8 +476,8 @@ def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
     monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
     calls, original = [], train.main
     monkeypatch.setattr(train, "main", lambda argv: calls.append(argv) or original(argv))
-    reproduce.main(["table4.2", "--data", str(folder), "--budget", "0.03", "--runs", str(tmp_path), "--num-samples", "2000",
-                    "--data-dir", str(tmp_path / "data"), "--device", "cpu", *SMALL[:-2]])
+    reproduce.main(["table4.2", "--data", str(folder), "--budget", "0.03", "--runs", str(tmp_path),
+                    "--num-samples", "2000", "--data-dir", str(tmp_path / "data"), "--device", "cpu", *SMALL[:-2]])
     text = (tmp_path / "results/thesis/table4.2.md").read_text()
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines()
              if row.startswith("|")}
@@ -466,13 +488,16 @@ def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
         last, also = history(mse)[-1], history(nelbo)[-1]
         steps |= {last["step"], also["step"]}
         numbers = [last["test_mse"], also["test_nelbo_stable"], last["test_nelbo"], also["test_nelbo"]]
-        fids = [f"{json.loads((path / 'metrics.json').read_text())['fid']:.2f}" if at_hand else "-" for path in (mse, nelbo)]
+        fids = [f"{json.loads((path / 'metrics.json').read_text())['fid']:.2f}" if at_hand else "-"
+                for path in (mse, nelbo)]
         mse, stable, exact, exact_too = (f"{number:.4f}" for number in numbers)
-        assert cells[target] == [thesis[0], mse, thesis[1], stable, exact, exact_too, thesis[2], fids[0], thesis[3], fids[1]]
+        assert cells[target] == [thesis[0], mse, thesis[1], stable, exact, exact_too,
+                                 thesis[2], fids[0], thesis[3], fids[1]]
     (argv,), minutes = calls, calls[0].index("--minutes") + 1
     assert float(argv[minutes]) == pytest.approx(0.03 / 6)
     assert len(steps) == 1 and f"{steps.pop():,} steps of 8 images" in text
-    assert ("No FID" in text) == (not at_hand) and "`python reproduce.py table4.2 --data" in text and "--channels 8" in text
+    assert ("No FID" in text) == (not at_hand) \
+        and "`python reproduce.py table4.2 --data" in text and "--channels 8" in text
 
 
 def test_only_table4_2_takes_further_options(capsys):
@@ -481,9 +506,106 @@ def test_only_table4_2_takes_further_options(capsys):
     assert "unrecognized arguments: --channels 8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--loss", "mse"], ["--minutes", "5"], ["--seed=3"], ["--overwrite"], ["--min", "3"]])
+@pytest.mark.parametrize("option", [["--loss", "mse"], ["--minutes", "5"], ["--seed=3"], ["--overwrite"],
+                                    ["--min", "3"]])
 def test_table4_2_refuses_what_it_sets_itself(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         reproduce.main(["table4.2", *option])
     assert f"{option[0]} is set by table4.2 itself - leave it out" in capsys.readouterr().err
     reproduce.parse(["table4.2", "--lr", "0.1", "--schedule", "ve", "--layers", "1"])
+
+
+def test_with_log_snr_uniform_loss_gradient_and_loss_over_t_have_the_importance(folder, tmp_path, monkeypatch):
+    """One batch of 16: losses.loss times 1 / (p(t) (1 - 2 t_min)) by autograd; bins of [0.1, 0.9] one by one."""
+    gradients, original = [], torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, norm):
+        parameters = list(parameters)
+        gradients.append([p.grad.clone() for p in parameters])
+        return original(parameters, norm)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    train.main(command(folder, tmp_path, "--minutes", "0", "--batch-size", "16", "--t-density", "logsnr", "--t-min",
+                       "0.1", "--loss", "nelbo"))
+    config = run.load(only(tmp_path))["config"]
+    torch.manual_seed(0)
+    model = kind_images.build_model(config)
+    x, t, eps, _ = train_images.batch(images.load(str(folder), "train"), 0, config)
+    logsnr = lambda t: -2 * torch.log(torch.tan(torch.pi / 2 * t))
+    times = t.double().requires_grad_()
+    slope, = torch.autograd.grad(logsnr(times).sum(), times)
+    first, last = logsnr(torch.tensor([0.9, 0.1], dtype=torch.float64))
+    importance = ((last - first) / (-slope * 0.8)).float()
+    unweighted = losses.loss(model, x, t, eps, target="v", loss="nelbo", schedule=ddpm.SCHEDULES["cosine"])
+    loss = (unweighted * importance).mean()
+    assert abs(loss / unweighted.mean() - 1) > 0.05
+    assert_close(gradients[0], list(torch.autograd.grad(loss, list(model.parameters()))), rtol=1e-3, atol=1e-5)
+    entry, = history(only(tmp_path))
+    assert entry["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    expected = 20 * [None]
+    for i in range(20):
+        inside = ((0.1 + 0.04 * i < t) & (t < 0.14 + 0.04 * i)).tolist()
+        if any(inside):
+            terms = [(v.item() * c.item(), c.item()) for v, c, here in zip(unweighted, importance, inside) if here]
+            expected[i] = pytest.approx(sum(v for v, _ in terms) / sum(c for _, c in terms), rel=1e-3)
+    assert entry["train_loss_over_t"] == expected and 5 < expected.count(None) < 15
+
+
+def test_the_grid_at_the_end_of_training_and_the_clock_of_a_resumed_run(folder, tmp_path, monkeypatch):
+    """A grid is drawn at the last step, down to t = 0.001 though training goes to 1e-6; seconds go on."""
+    seen, original = [], samplers.sample
+    monkeypatch.setattr(samplers, "sample", lambda *args, **how: seen.append(how["t_min"]) or original(*args, **how))
+    argv = command(folder, tmp_path, "--epochs", "1", "--t-min", "1e-6", "--test-every", "5")
+    train.main(argv)
+    assert [path.name for path in only(tmp_path).glob("*.png")] == ["samples-5.png"] and seen == [1e-3]
+    state = run.load(only(tmp_path))
+    state["seconds"] = state["history"][0]["seconds"] = 1000.0
+    run.save(only(tmp_path) / "ckpt.pt", state)
+    train.main([*argv, "--epochs", "2", "--resume"])
+    resumed = run.load(only(tmp_path))
+    assert resumed["step"] == 10 and 1000 < resumed["history"][1]["seconds"] < 1100 and 1000 < resumed["seconds"] < 1100
+
+
+def test_losses_of_a_run_are_on_its_own_range_of_t_and_with_its_stabiliser():
+    """The score with d = 0.2 for t in [0.1, 0.9]: y = -sigma eps / (sigma^2 + d), the exact loss is that of eps_hat."""
+    config = dict(target="s", loss="nelbo", schedule="cosine", t_min=0.1, stabiliser=0.2)
+    data = torch.randint(0, 256, (200, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    result = kind_images.test(lambda z, t: seen.append((z, t)) or 0 * z, data, config, torch.device("cpu"))
+    (z, t), = seen
+    assert 0.1 <= t.min() < 0.105 and 0.895 < t.max() <= 0.9
+    alpha, sigma = torch.cos(torch.pi / 2 * t)[:, None, None, None], torch.sin(torch.pi / 2 * t)[:, None, None, None]
+    order = torch.randperm(200, generator=run.generator("cpu", "test noise"))
+    eps = (z - alpha * (data[order].float() / 127.5 - 1)) / sigma
+    errors = (sigma * eps / (sigma**2 + 0.2)).square().mean((1, 2, 3))
+    exact = torch.pi / torch.sin(torch.pi * t) * eps.square().mean((1, 2, 3))             # -1/2 dlogsnr/dt, Eq. (3.26)
+    assert result["test_mse"] == pytest.approx(errors.mean().item(), rel=1e-4)
+    assert result["test_nelbo"] == pytest.approx(exact.mean().item(), rel=1e-4) == result["test_loss"]
+
+
+def test_the_network_of_images_that_are_not_square_attends_by_their_longer_side():
+    """8 x 16 with attention at 16: the first block, and not the second."""
+    torch.manual_seed(0)
+    config = dict(shape=[3, 8, 16], schedule="cosine", channels=8, channel_mult=[1, 2], layers=1, mid_blocks=1,
+                  attention=[16], skips="layer")
+    model = kind_images.build_model(config)
+    assert [isinstance(block.layers[0].attention, unet.Attention) for block in model.down] == [True, False]
+    assert model(torch.zeros(2, 3, 8, 16), torch.full((2,), 0.5)).shape == (2, 3, 8, 16)
+
+
+def test_the_statistics_of_the_data_have_a_file_for_every_set_split_size_and_network(folder, tmp_path, monkeypatch):
+    """All that changes what Inception sees, or Inception, changes the file's name; a run's loss does not."""
+    monkeypatch.setattr(metrics, "reference_statistics", lambda path, *rest: path)
+    (tmp_path / "squares").mkdir()
+    config = dict(data=str(folder), shape=[3, 8, 8], image_size=None, skip_corrupt=False, loss="mse")
+
+    def path(*options, **changed):
+        return kind_images.reference(config | changed, None, sample.parse(["--data-dir", str(tmp_path), *options]))
+    test, mine, yours = (["--fid-split", "test"], *(["--inception-weights", f"{name}.pth"] for name in ("mine", "yours")))
+    small = dict(shape=[3, 6, 6], image_size=6)
+    paths = [path(), path(*test), path(*mine), path(*yours), path(skip_corrupt=True), path(**small), path(shape=[3, 6, 8]),
+             path(data=str(tmp_path / "squares")), path(data="cifar10"), path(*test, data="cifar10"),
+             path(data="cifar10", **small), path(data="fashion_mnist")]
+    assert len(set(paths)) == 12 and {other.parent for other in paths} == {tmp_path}
+    assert path(loss="nelbo") == paths[0]
+    monkeypatch.chdir(folder.parent)
+    assert path(data=folder.name) == paths[0]              # one folder, however it is written

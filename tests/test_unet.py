@@ -16,7 +16,8 @@ def randomised(model, seed=0):
     model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64) / math.sqrt(parameter[0].numel()))
+            parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+                            / math.sqrt(parameter[0].numel()))
     return model
 
 
@@ -79,7 +80,7 @@ def double(block, h, size):
 
 
 def ddpm_network(model, z, t, attends):
-    """Two blocks of two layers as Ho et al. 2020 have them: each output of the way down goes to a layer of the way up."""
+    """Two blocks of two layers as in Ho et al. 2020: each output of the way down goes to a layer of the way up."""
     embedding = embed(model.time, t, 8)
     h0 = conv(model.input, z)
     h1 = layer(model.down[0].layers[0], h0, embedding, attends[0])
@@ -139,6 +140,8 @@ def test_presets_have_the_size_that_is_stated():
     blocks = [*thesis.down, *thesis.up]
     assert all(len(block.layers) == 6 for block in blocks)                                 # 4.2.1
     assert all(isinstance(layer.attention, unet.Attention) for block in blocks for layer in block.layers)
+    assert [block.layers[0].resnet.conv1.out_channels for block in blocks] == [64, *6 * [128], 64]
+    assert {layer.resnet.conv2.out_channels for mid in thesis.mid for layer in (mid.first, mid.second)} == {128}
 
 
 @pytest.mark.parametrize("n, groups", [(128, 32), (384, 32), (64, 16), (32, 8), (8, 2), (6, 1), (11, 1), (36, 9)])
@@ -158,8 +161,9 @@ def test_ddpm_is_the_network_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     ours = randomised(unet.UNet(**unet.PRESETS["ddpm"]))
     theirs = diffusers.UNet2DModel(
-        sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2, attention_head_dim=None, norm_eps=1e-6,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"), flip_sin_to_cos=False, freq_shift=1,
+        sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2, attention_head_dim=None,
+        norm_eps=1e-6, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        flip_sin_to_cos=False, freq_shift=1,
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), downsample_padding=1).double()
     pairs = [(ours.input, theirs.conv_in), (ours.time.mlp[0], theirs.time_embedding.linear_1),
              (ours.time.mlp[2], theirs.time_embedding.linear_2), (ours.output[0], theirs.conv_norm_out),
@@ -215,7 +219,8 @@ def test_it_starts_at_zero_and_its_blocks_as_the_identity():
 
 @pytest.mark.parametrize("size, attention, levels", [
     (32, [16], [False, True, False, False]), (28, [16], [False, True, False, False]), (32, [0], 4 * [False]),
-    (28, [4, 28], [True, False, False, True]), (32, [32, 8], [True, False, True, False]), (16, [15], [False, True, False, False]), (28, [3], 4 * [False])])
+    (28, [4, 28], [True, False, False, True]), (32, [32, 8], [True, False, True, False]),
+    (16, [15], [False, True, False, False]), (28, [3], 4 * [False])])
 def test_where_it_attends(size, attention, levels):
     model = unet.UNet(1, size, channels=8, attention=attention)
     attends = lambda block: {isinstance(layer.attention, unet.Attention) for layer in block.layers}

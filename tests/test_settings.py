@@ -1,0 +1,157 @@
+"""A setting is one row: command line, help, config, the check of a resumed run and stacks all follow from it."""
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddpm
+import losses
+import run
+import settings
+import train
+import unet
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--data", "clusters", "--epochs", "1", "--batch-size", "10000", "--width", "8", "--device", "cpu"]
+
+
+@pytest.fixture
+def momentum(monkeypatch):
+    """A new setting of points: its row and nothing else."""
+    row = settings.Setting("first_moment", "Adam's", 0.9, argument=dict(type=settings.number(float, 0, 1)))
+    monkeypatch.setattr(settings, "SETTINGS", [*settings.SETTINGS, row])
+
+
+def exits_with_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse(argv)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and re.search(message, error), error
+
+
+def test_every_row_is_once_in_the_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    out = capsys.readouterr().out
+    names = re.findall(r"^  --([\w-]+)", out, re.M)
+    rows = [row.name.replace("_", "-") for row in settings.SETTINGS]
+    assert sorted(names) == sorted([*rows, "data", "target", "loss", "seed", "seeds", "device", "stack", "out",
+                                    "resume", "overwrite"])
+    for row in settings.SETTINGS:
+        assert out.count(f"{row.help}{settings.default_text(row)}\n") == 1
+
+
+def test_the_defaults_in_the_help():
+    """One if points and images agree or one alone has it, else both; none where it is nothing, false or without end."""
+    text = {row.name: settings.default_text(row) for row in settings.SETTINGS}
+    expected = {"schedule": " (cosine)", "t_min": " (0.001)", "stabiliser": " (0)", "width": " (128)",
+                "epochs": " (points: 100, images: 500)", "lr": " (points: 0.001, images: 0.0002)", "image_size": "",
+                "skip_corrupt": "", "minutes": "", "channel_mult": "", "ema": " (0.9999)", "warmup": " (1000)",
+                "precision": " (auto)", "grid_every": " (10000)"}
+    assert {name: text[name] for name in expected} == expected
+    assert settings.default_text(settings.Setting("a", "", [1, 2], [3])) == " (points: 1 2, images: 3)"
+
+
+def test_what_is_given_counts_for_its_kind_and_the_rest_are_its_defaults():
+    points, images = train.parse(["--lr", "0.5"]), train.parse(["--data", "cifar10", "--ema", "0.5", "--compile"])
+    for kind, args, given in ("points", points, {"lr": 0.5}), ("images", images, {"ema": 0.5, "compile": True}):
+        for row in settings.SETTINGS:
+            default = getattr(row, kind)
+            assert getattr(args, row.name) == given.get(row.name, None if default is settings.ABSENT else default)
+    assert train.parse(["--data", "cifar10", "--no-compile"]).compile is False
+
+
+def test_settings_of_the_other_kind_are_refused(capsys):
+    for row in settings.SETTINGS:
+        value = {"preset": ["thesis"], "precision": ["bf16"], "skip_corrupt": [], "compile": []}.get(row.name, ["8"])
+        value = ["0.5"] if row.name == "ema" else value
+        option = f"--{row.name.replace('_', '-')}"
+        if row.points is settings.ABSENT:
+            exits_with_2([option, *value], f"{option} is a setting of images, not of points", capsys)
+        if row.images is settings.ABSENT:
+            images = ["--data", "cifar10", option, *value]
+            exits_with_2(images, f"{option} is a setting of points, not of images", capsys)
+    exits_with_2(["--no-compile"], "--compile is a setting of images", capsys)
+    exits_with_2(["--ema", "0"], "--ema is a setting of images", capsys)       # given, though it is 0
+
+
+def test_a_config_has_the_settings_that_change_a_run():
+    """Of points all; of images not how long it is trained, how often it is tested, where the data are."""
+    points, = settings.configs(train.parse([]))
+    assert points.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
+                             "batch_size", "lr", "width"}
+    images, = settings.configs(train.parse(["--data", "cifar10"]), shape=[3, 32, 32], flip=True, precision="bf16")
+    assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
+                             "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",
+                             "shape", "flip", "precision", "channels", "channel_mult", "layers", "mid_blocks",
+                             "attention", "skips"}
+    args = train.parse(["--data", "cifar10", "--epochs", "7", "--minutes", "3", "--test-every", "5"])
+    longer, = settings.configs(args, shape=[3, 32, 32], flip=True, precision="bf16")
+    assert longer == images and settings.kind(images) == "images" and settings.kind(points) == "points"
+    assert settings.configs(train.parse(["--epochs", "7"])) == [points | {"epochs": 7}]
+    old = {key: value for key, value in images.items() if key not in ("t_density", "ema")}
+    assert settings.completed(old) == images | {"ema": 0.9999}
+    assert settings.completed(points | {"lr": 7}) == points | {"lr": 7}
+    of_name = {"data", "target", "loss", "seed"}
+    assert settings.alike(points) == {key: value for key, value in points.items() if key not in of_name}
+
+
+def test_a_new_row_reaches_parser_config_resuming_and_stacks(momentum, tmp_path, capsys, monkeypatch):
+    assert train.parse([]).first_moment == 0.9 and train.parse(["--first-moment", "0.5"]).first_moment == 0.5
+    assert train.parse(["--data", "cifar10"]).first_moment is None
+    exits_with_2(["--first-moment", "2"], r"argument --first-moment: must be in \[0, 1\], got 2", capsys)
+    exits_with_2(["--data", "cifar10", "--first-moment", "0.5"], "--first-moment is a setting of points", capsys)
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    assert re.search(r"--first-moment FIRST_MOMENT\s+Adam's \(0.9\)", capsys.readouterr().out)
+    fit = lambda *more: train.main([*FAST, "--out", str(tmp_path), *more])
+    fit("--first-moment", "0.5")
+    folder = tmp_path / "clusters-eps-mse-s0"
+    assert run.load(folder)["config"]["first_moment"] == 0.5
+    with pytest.raises(SystemExit, match=r"other settings \(--first-moment 0.5\)"):
+        fit("--resume")
+    fit("--resume", "--first-moment", "0.5")
+    fit("--target", "v")
+    with pytest.raises(SystemExit, match="differ in first_moment and cannot be one stack"):
+        run.open([folder, tmp_path / "clusters-v-mse-s0"])
+    assert len(run.stacks([run.open(path) for path in (folder, tmp_path / "clusters-v-mse-s0")], "cpu")) == 2
+    monkeypatch.setattr(settings, "SETTINGS", settings.SETTINGS[:-1])            # a checkpoint from before it
+    fit("--target", "x")
+    monkeypatch.undo()
+    row = settings.Setting("first_moment", "Adam's", 0.9)
+    monkeypatch.setattr(settings, "SETTINGS", [*settings.SETTINGS, row])
+    assert run.open(tmp_path / "clusters-x-mse-s0").config["first_moment"] == 0.9
+    assert len(run.open([tmp_path / f"clusters-{target}-mse-s0" for target in ("x", "v")]).members) == 2
+
+
+def test_choices_are_the_tables_themselves():
+    """So that a new schedule, density or preset needs its row in them only."""
+    choices = {row.name: row.argument.get("choices") for row in settings.SETTINGS}
+    assert choices["schedule"] is ddpm.SCHEDULES and choices["t_density"] is losses.T_DENSITIES
+    assert choices["preset"] is unet.PRESETS
+
+
+@pytest.mark.parametrize("kind, low, high, wrong, message", [
+    (int, 1, math.inf, "1.5", "'1.5' is not a whole number"), (float, 0, math.inf, "x", "'x' is not a number"),
+    (float, 0, math.inf, "nan", "must be at least 0, got nan"),
+    (float, 0, math.inf, "inf", "must be at least 0, got inf"),
+    (int, 2, 5, "6", r"must be in \[2, 5\], got 6"), (int, 2, 5, "1", r"must be in \[2, 5\], got 1")])
+def test_numbers_are_in_their_range(kind, low, high, wrong, message):
+    parse = settings.number(kind, low, high)
+    with pytest.raises(settings.argparse.ArgumentTypeError, match=message):
+        parse(wrong)
+    assert parse("3") == 3 and isinstance(parse("3"), kind) and parse(str(low)) == low
+
+
+def test_the_rows_can_be_printed(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "settings.py")], cwd=tmp_path, capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and [line.split()[0] for line in lines[1:]] == [row.name for row in settings.SETTINGS]
+    of = {line.split()[0]: line.split()[1:] for line in lines}
+    assert of["epochs"] == ["100", "500", "points"] and of["width"] == ["128", "points"]
+    assert of["test_every"] == ["2000"]
+    assert of["ema"] == ["0.9999", "images"] and of["lr"] == ["0.001", "0.0002", "points,", "images"]
