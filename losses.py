@@ -80,9 +80,8 @@ def weight(loss, target, t, schedule, stabiliser=0.0):
 
 def objective(config):
     """The arguments of `loss` besides model and data, from the config of a run."""
-    return dict(target=config["target"],
-                loss=config["loss"], schedule=ddpm.SCHEDULES[config["schedule"]],
-                stabiliser=config["stabiliser"])
+    return dict(target=config["target"], loss=config["loss"],
+                schedule=ddpm.SCHEDULES[config["schedule"]], stabiliser=config["stabiliser"])
 
 
 def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0):
@@ -93,8 +92,8 @@ def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0):
     """
     alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
     a, b = targets.coefficients(target, alpha, sigma, stabiliser)
-    return (ddpm.q_sample(x, t, eps, schedule),
-            a * x + b * eps, weight(loss, target, t, schedule, stabiliser))
+    return (ddpm.q_sample(x, t, eps, schedule), a * x + b * eps,
+            weight(loss, target, t, schedule, stabiliser))
 
 
 def weighted_error(y_hat, y, w):

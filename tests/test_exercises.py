@@ -1,4 +1,4 @@
-"""The README's exercises check themselves: each test is skipped until its row is there, and then tells right from wrong.
+"""The README's exercises check themselves: each test is skipped until its row is there, then tells right from wrong.
 
     pytest -k exercise -rs       # which are open
 
@@ -68,7 +68,8 @@ def check_schedule():
 
 
 EXERCISES = {"loss": (losses.LOSSES, "min_snr", check_loss), "target": (targets.TARGETS, "f", check_target),
-             "sampler": (samplers.SAMPLERS, "ddim_half", check_sampler), "schedule": (SCHEDULES, "sigmoid", check_schedule)}
+             "sampler": (samplers.SAMPLERS, "ddim_half", check_sampler),
+             "schedule": (SCHEDULES, "sigmoid", check_schedule)}
 
 
 @pytest.mark.parametrize("name", EXERCISES)

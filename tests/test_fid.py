@@ -253,7 +253,7 @@ def test_command_line(capsys, sets, hub, read_folder, monkeypatch):
         assert stop.value.code == 2
     with pytest.raises(SystemExit, match="66 are too few"):              # 2,048 is what the command wants
         metrics.main([*map(str, sets), "--device", "cpu"])
-    with monkeypatch.context() as patch:                                 # said before Inception is loaded, or downloaded
+    with monkeypatch.context() as patch:                                # said before Inception is loaded, or downloaded
         patch.setattr(metrics, "inception", None)
         with pytest.raises(SystemExit, match="nowhere.npz: missing"):
             metrics.main([str(next(iter(sets))), "nowhere.npz", "--device", "cpu", "--dims", "64"])

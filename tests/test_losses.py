@@ -307,6 +307,8 @@ def test_importance_is_one_over_the_density_of_t_and_the_length_of_its_range(nam
     density = -slope / (last - first)
     assert_close(importance, 1 / (density * (1 - 2 * t_min)), rtol=1e-6, atol=0)
     assert name == "ve" or importance.max() > 1.1 and importance.min() < 0.9
+    covered = ((schedule.logsnr(t) - first) / (last - first)).sort().values              # the whole range, evenly
+    assert_close(covered.detach(), (torch.arange(500) + 0.5).double() / 500, rtol=0, atol=1.01 / 500)
     t, importance = losses.draw_t((5,), schedule, t_min, "uniform", dtype=F64)
     assert (importance == 1).all() and t.min() >= t_min
 
@@ -320,3 +322,8 @@ def test_the_loss_over_t_is_the_mean_in_each_bin_and_with_importance_a_weighted_
     found = losses.over_t(torch.stack([importance * errors, errors]), t.expand(2, 7), 0.1, 4,
                           torch.stack([importance, torch.ones(7, dtype=F64)]))
     assert_close(found, torch.tensor([[6 / 4, 5, 20 / 4, 11], [2, 5, 6, 11]], dtype=F64))
+
+
+def test_the_objective_of_a_config():
+    config = dict(target="s", loss="rescaled", schedule="ve", stabiliser=0.02, t_min=0.1, seed=3)
+    assert losses.objective(config) == dict(target="s", loss="rescaled", schedule=SCHEDULES["ve"], stabiliser=0.02)

@@ -22,7 +22,8 @@ def blocks(text):
 
 def commands(text):
     """The command lines of a page, in blocks and in the text."""
-    lines = "\n".join(body for _, body in blocks(text)).replace("\\\n", " ").splitlines() + re.findall(r"`(python [^`]+)`", text)
+    lines = "\n".join(body for _, body in blocks(text)).replace("\\\n", " ").splitlines() \
+        + re.findall(r"`(python [^`]+)`", text)
     return [line for line in lines if line.startswith("python ")]
 
 
@@ -45,14 +46,15 @@ def test_every_command_parses_and_every_link_leads_somewhere(page):
 def test_the_readme_is_short_and_narrow():
     assert len(README.split()) <= 2000
     assert max(len(line) for line in README.splitlines()) <= 110
-    rows = [line for page in PAGES for line in page.read_text().splitlines() if line.startswith("|") and page.name == "README.md"]
+    rows = [line for page in PAGES for line in page.read_text().splitlines()
+            if line.startswith("|") and page.name == "README.md"]
     assert rows and max(line.count("|") for line in rows) <= 7          # six columns
 
 
 def test_the_lines_of_the_notebook_run(tmp_path, monkeypatch):
     code, = (body for language, body in blocks(README) if language == "python")
-    train.main(["--data", "rings", "--target", "v", "--epochs", "1", "--batch-size", "25000", "--width", "8", "--device", "cpu",
-                "--out", str(tmp_path / "runs")])
+    train.main(["--data", "rings", "--target", "v", "--epochs", "1", "--batch-size", "25000", "--width", "8",
+                "--device", "cpu", "--out", str(tmp_path / "runs")])
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)

@@ -105,6 +105,19 @@ def test_a_stack_is_its_members(points):
     assert not torch.allclose(alone[1].model()(Z, T.expand(6)), alone[2].model()(Z, T.expand(6)))
 
 
+def test_runs_of_a_command_line(points, image_run, tmp_path):
+    """Each with the folder of its results: its own, or in --out one of its name, or for one run --out itself."""
+    first, second = points / "clusters-v-mse-s0", points / "clusters-s-mse-s0"
+    named = lambda *arguments: [(one.folder, out) for one, out in run.chosen(*arguments)]
+    assert named([first, second], None) == [(first, first), (second, second)]
+    assert named([first, second], tmp_path) == [(one, tmp_path / one.name) for one in (first, second)]
+    assert named([first], tmp_path) == [(first, tmp_path)]
+    with pytest.raises(SystemExit, match="points and images cannot be mixed in one call"):
+        run.chosen([first, image_run], None)
+    with pytest.raises(SystemExit, match="two of these runs have one name"):
+        run.chosen([first, first / "ckpt.pt"], tmp_path)
+
+
 def test_runs_that_are_not_alike_are_no_stack(points, tmp_path):
     train.main([*FAST, "--width", "16", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="differ in width, stabiliser and cannot|in stabiliser, width and cannot"):

@@ -414,18 +414,22 @@ def test_ctrl_c_is_exit_code_130_and_one_sentence(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == "\nstopped - go on\n"
 
 
-def importance_of(t, t_min):
-    """1 / (p(t) (1 - 2 t_min)) with log-SNR = 2 log cot(pi t / 2) uniform, that of the cosine schedule: by autograd."""
-    logsnr = lambda t: -2 * torch.log(torch.tan(math.pi / 2 * t))
-    t = t.double().requires_grad_()
+LOGSNR = {"cosine": lambda t: -2 * torch.log(torch.tan(math.pi / 2 * t)),
+          "linear": lambda t: -torch.log(torch.expm1(0.1 * t + 9.95 * t**2))}      # alpha^2 = exp(-integral of beta)
+
+
+def importance_of(t, t_min, name="cosine"):
+    """1 / (p(t) (1 - 2 t_min)) with log-SNR uniform: by autograd, in float64."""
+    logsnr, t = LOGSNR[name], t.double().requires_grad_()
     slope, = torch.autograd.grad(logsnr(t).sum(), t)
     first, last = logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64))
     return ((last - first) / (-slope * (1 - 2 * t_min))).float()
 
 
-def test_with_log_snr_uniform_a_step_goes_down_the_gradient_of_the_loss_times_the_importance(drawn):
+@pytest.mark.parametrize("name", LOGSNR)
+def test_with_log_snr_uniform_a_step_goes_down_the_gradient_of_the_loss_times_the_importance(name, drawn):
     config, = settings.configs(train.parse([*FAST, "--target", "v", "--loss", "nelbo", "--t-min", "0.02", "--t-density",
-                                            "logsnr", "--lr", "0.01"]))
+                                            "logsnr", "--lr", "0.01", "--schedule", name]))
     torch.manual_seed(0)
     model = kind_points.build_model(config)
     by_hand, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=1.0)
@@ -433,8 +437,8 @@ def test_with_log_snr_uniform_a_step_goes_down_the_gradient_of_the_loss_times_th
     step = train_points.build_step(model, optimizer, 1)
     step_losses, _ = train_points.train_epoch(step, optimizer, [data], 0, [config])
     (x, t, eps), = drawn
-    unweighted = losses.loss(by_hand, x, t, eps, target="v", loss="nelbo", schedule=SCHEDULES["cosine"])
-    values = unweighted * importance_of(t, 0.02)
+    unweighted = losses.loss(by_hand, x, t, eps, target="v", loss="nelbo", schedule=SCHEDULES[name])
+    values = unweighted * importance_of(t, 0.02, name)
     assert abs(values.mean() / unweighted.mean() - 1) > 0.2
     torch.testing.assert_close(step_losses, values.mean().detach()[None, None], rtol=1e-4, atol=0)
     gradients = torch.autograd.grad(values.mean(), list(by_hand.parameters()))

@@ -350,7 +350,8 @@ def test_a_run_that_is_there_already_stops_the_call_before_the_first_is_trained(
     assert [path.name for path in tmp_path.iterdir()] == ["squares-v-mse-s0"]
     shutil.copytree(folder, tmp_path / "other" / "squares")
     with pytest.raises(SystemExit, match="two of these runs would share a folder"):
-        train.main(["--data", str(folder), str(tmp_path / "other" / "squares"), "--out", str(tmp_path / "runs"), *SMALL])
+        train.main(["--data", str(folder), str(tmp_path / "other" / "squares"), "--out", str(tmp_path / "runs"),
+                    *SMALL])
     assert not (tmp_path / "runs").exists()
 
 
@@ -525,19 +526,19 @@ def test_with_log_snr_uniform_loss_gradient_and_loss_over_t_have_the_importance(
         return original(parameters, norm)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     train.main(command(folder, tmp_path, "--minutes", "0", "--batch-size", "16", "--t-density", "logsnr", "--t-min",
-                       "0.1", "--loss", "nelbo"))
+                       "0.1", "--loss", "nelbo", "--schedule", "linear"))
     config = run.load(only(tmp_path))["config"]
     torch.manual_seed(0)
     model = kind_images.build_model(config)
     x, t, eps, _ = train_images.batch(images.load(str(folder), "train"), 0, config)
-    logsnr = lambda t: -2 * torch.log(torch.tan(torch.pi / 2 * t))
+    logsnr = lambda t: -torch.log(torch.expm1(0.1 * t + 9.95 * t**2))
     times = t.double().requires_grad_()
     slope, = torch.autograd.grad(logsnr(times).sum(), times)
     first, last = logsnr(torch.tensor([0.9, 0.1], dtype=torch.float64))
     importance = ((last - first) / (-slope * 0.8)).float()
-    unweighted = losses.loss(model, x, t, eps, target="v", loss="nelbo", schedule=ddpm.SCHEDULES["cosine"])
+    unweighted = losses.loss(model, x, t, eps, target="v", loss="nelbo", schedule=ddpm.SCHEDULES["linear"])
     loss = (unweighted * importance).mean()
-    assert abs(loss / unweighted.mean() - 1) > 0.05
+    assert abs(loss / unweighted.mean() - 1) > 0.02
     assert_close(gradients[0], list(torch.autograd.grad(loss, list(model.parameters()))), rtol=1e-3, atol=1e-5)
     entry, = history(only(tmp_path))
     assert entry["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -547,7 +548,7 @@ def test_with_log_snr_uniform_loss_gradient_and_loss_over_t_have_the_importance(
         if any(inside):
             terms = [(v.item() * c.item(), c.item()) for v, c, here in zip(unweighted, importance, inside) if here]
             expected[i] = pytest.approx(sum(v for v, _ in terms) / sum(c for _, c in terms), rel=1e-3)
-    assert entry["train_loss_over_t"] == expected and 5 < expected.count(None) < 15
+    assert entry["train_loss_over_t"] == expected and 2 < expected.count(None) < 15
 
 
 def test_the_grid_at_the_end_of_training_and_the_clock_of_a_resumed_run(folder, tmp_path, monkeypatch):
@@ -600,11 +601,12 @@ def test_the_statistics_of_the_data_have_a_file_for_every_set_split_size_and_net
 
     def path(*options, **changed):
         return kind_images.reference(config | changed, None, sample.parse(["--data-dir", str(tmp_path), *options]))
-    test, mine, yours = (["--fid-split", "test"], *(["--inception-weights", f"{name}.pth"] for name in ("mine", "yours")))
+    test, mine, yours = (["--fid-split", "test"],
+                         *(["--inception-weights", f"{name}.pth"] for name in ("mine", "yours")))
     small = dict(shape=[3, 6, 6], image_size=6)
-    paths = [path(), path(*test), path(*mine), path(*yours), path(skip_corrupt=True), path(**small), path(shape=[3, 6, 8]),
-             path(data=str(tmp_path / "squares")), path(data="cifar10"), path(*test, data="cifar10"),
-             path(data="cifar10", **small), path(data="fashion_mnist")]
+    paths = [path(), path(*test), path(*mine), path(*yours), path(skip_corrupt=True), path(**small),
+             path(shape=[3, 6, 8]), path(data=str(tmp_path / "squares")), path(data="cifar10"),
+             path(*test, data="cifar10"), path(data="cifar10", **small), path(data="fashion_mnist")]
     assert len(set(paths)) == 12 and {other.parent for other in paths} == {tmp_path}
     assert path(loss="nelbo") == paths[0]
     monkeypatch.chdir(folder.parent)
