@@ -150,6 +150,50 @@ def test_the_runs_have_the_thesiss_settings_and_the_exact_ones(study):
         assert len(list((folder / "runs" / f"{recipe}-2-epochs").iterdir())) == n
 
 
+def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path, monkeypatch):
+    """runs.jsonl has a line for each run; with it and no networks the tables are the same but for the seconds, and the
+    command."""
+    folder, drawn, _ = study
+    shutil.copytree(folder / "results", tmp_path / "results")
+    lines = [json.loads(line) for line in (tmp_path / "results/thesis/runs.jsonl").read_text().splitlines()]
+    assert len(lines) == 160 == len({line["run"] for line in lines})
+    one, = (line for line in lines if line["run"] == "stabilised/waves-v-mse-s1")
+    last = history(folder, "mse", "waves", "v", 1)[-1]
+    assert one["config"] == json.loads((folder / "runs/stabilised-2-epochs/waves-v-mse-s1/config.json").read_text())
+    assert one["curves"]["test_loss"][1] == pytest.approx(last["test_loss"], rel=1e-5) \
+        and one["seconds"] == last["seconds"]
+    assert one["torch"] == torch.__version__ and one["machine"] == "cpu, 1 thread".replace("1 thread", run.device_name(
+        torch.device("cpu")).split(", ")[1])
+    drawn_before = {name: drawn[name] for name in ("fig4.8", "fig4.9", "fig4.14", "nelbo", "steps-covariance")}
+
+    def never(*args, **kw):
+        raise AssertionError("a network was used")
+    monkeypatch.setattr(run, "load", never), monkeypatch.setattr(run, "open", never), \
+        monkeypatch.setattr(train_points, "train_stack", never)
+    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
+                                        "--device", "cpu", "--recorded", "--runs", str(tmp_path / "none"),
+                                        "--out", str(tmp_path / "results")])
+    for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"):
+        call(name)
+        old, new = ((root / "results" / document / f"{name}.md").read_text().splitlines()
+                    for root in (folder, tmp_path))
+        assert len(old) == len(new)
+        for a, b in zip(old, new):
+            assert a == b or "training" in a or "reproduce.py" in a or "Monte Carlo" in a
+    for name, before in drawn_before.items():
+        call(name)
+        for a, b in zip(numbers(before[0]), numbers(drawn[name][0]), strict=True):
+            assert_close(b, a, rtol=1e-4, atol=1e-5)
+    drawn.update(drawn_before)                 # of the networks, for the tests that follow
+    assert (tmp_path / "results/thesis/runs.jsonl").read_text() == (folder / "results/thesis/runs.jsonl").read_text()
+    with pytest.raises(SystemExit, match="^no curves of stabilised/clusters-x-mse-s2 in runs.jsonl - "
+                                         "leave out --recorded"):
+        reproduce.main(["fig4.8", "--seeds", "3", "--epochs", "2", "--recorded", "--out", str(tmp_path / "results")])
+    (tmp_path / "results/thesis/runs.jsonl").write_text("{")
+    with pytest.raises(SystemExit, match="runs.jsonl is damaged - delete it"):
+        call("fig4.8")
+
+
 def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys):
     folder, _, call = study
     text = (folder / "results/thesis/table4.1.md").read_text()
@@ -183,7 +227,7 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
         call("fig4.8")
     monkeypatch.undo()
     call("fig4.8")
-    assert "63 of 64 runs are finished already" in capsys.readouterr().out
+    assert "31 of 32 runs are finished already" in capsys.readouterr().out
     state = run.load(made)
     run.save(made / "ckpt.pt", state | {"history": state["history"][:1]})         # as if stopped after its first epoch
     call("fig4.8")
@@ -331,49 +375,6 @@ def test_every_figure_is_drawn_and_indexed(study):
         assert index.count(" s on cpu, ") == len(names)
         assert not (folder / "results" / document / "README.md").exists()         # what they show is written by hand
     assert plots.plt.get_fignums() == []
-
-
-def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path, monkeypatch):
-    """runs.jsonl has a line for each run; with it and no networks the tables are the same but for the seconds, and the
-    command."""
-    folder, drawn, _ = study
-    shutil.copytree(folder / "results", tmp_path / "results")
-    lines = [json.loads(line) for line in (tmp_path / "results/thesis/runs.jsonl").read_text().splitlines()]
-    assert len(lines) == 160 == len({line["run"] for line in lines})
-    one, = (line for line in lines if line["run"] == "stabilised/waves-v-mse-s1")
-    last = history(folder, "mse", "waves", "v", 1)[-1]
-    assert one["config"] == json.loads((folder / "runs/stabilised-2-epochs/waves-v-mse-s1/config.json").read_text())
-    assert one["curves"]["test_loss"][1] == pytest.approx(last["test_loss"], rel=1e-5) \
-        and one["seconds"] == last["seconds"]
-    assert one["torch"] == torch.__version__ and one["machine"] == "cpu, 1 thread".replace("1 thread", run.device_name(
-        torch.device("cpu")).split(", ")[1])
-    drawn_before = {name: drawn[name][0] for name in ("fig4.8", "fig4.9", "fig4.14", "nelbo", "steps-covariance")}
-
-    def never(*args, **kw):
-        raise AssertionError("a network was used")
-    monkeypatch.setattr(run, "load", never), monkeypatch.setattr(run, "open", never), \
-        monkeypatch.setattr(train_points, "train_stack", never)
-    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
-                                        "--device", "cpu", "--recorded", "--runs", str(tmp_path / "none"),
-                                        "--out", str(tmp_path / "results")])
-    for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"):
-        call(name)
-        old, new = ((root / "results" / document / f"{name}.md").read_text().splitlines()
-                    for root in (folder, tmp_path))
-        assert len(old) == len(new)
-        for a, b in zip(old, new):
-            assert a == b or "training" in a or "reproduce.py" in a or "Monte Carlo" in a
-    for name, before in drawn_before.items():
-        call(name)
-        for a, b in zip(numbers(before), numbers(drawn[name][0]), strict=True):
-            assert_close(b, a, rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "results/thesis/runs.jsonl").read_text() == (folder / "results/thesis/runs.jsonl").read_text()
-    with pytest.raises(SystemExit, match="^no curves of stabilised/clusters-x-mse-s2 in runs.jsonl - "
-                                         "leave out --recorded"):
-        reproduce.main(["fig4.8", "--seeds", "3", "--epochs", "2", "--recorded", "--out", str(tmp_path / "results")])
-    (tmp_path / "results/thesis/runs.jsonl").write_text("{")
-    with pytest.raises(SystemExit, match="runs.jsonl is damaged - delete it"):
-        call("fig4.8")
 
 
 def numbers(panels):
