@@ -144,8 +144,8 @@ def completed(config):
 
 
 def alike(config):
-    """What runs must have in common to be trained or sampled as one stack: all but data, target, loss and seed."""
-    return {key: value for key, value in completed(config).items() if key not in NAMES}
+    """Of a complete config what the runs of one stack must have in common: all but data, target, loss and seed."""
+    return {key: value for key, value in config.items() if key not in NAMES}
 
 
 def configs(args, **more):

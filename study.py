@@ -48,6 +48,11 @@ def round_off(value):
     return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
+def line_name(recipe, key):
+    """What runs.jsonl calls a run: its recipe and its folder."""
+    return "{}/{}-{}-{}-s{}".format(recipe, *key)
+
+
 class Study:
     """Runs of all datasets and targets with --seeds seeds, and their numbers. args: of reproduce.py."""
 
@@ -60,7 +65,7 @@ class Study:
         """Keep numbers of a run for runs.jsonl."""
         if self.args.recorded:
             return
-        name = "{}/{}-{}-{}-s{}".format(recipe, *key)
+        name = line_name(recipe, key)
         entry = self.used.setdefault(name, {"run": name})
         for part, value in numbers.items():
             value = round_off(value)
@@ -68,7 +73,7 @@ class Study:
 
     def recorded(self, recipe, key, part):
         """Numbers of a run from runs.jsonl; SystemExit if it has none."""
-        name = "{}/{}-{}-{}-s{}".format(recipe, *key)
+        name = line_name(recipe, key)
         if part not in self.records.get(name, {}):
             raise SystemExit(f"no {part} of {name} in runs.jsonl - leave out --recorded to train what is missing")
         return self.records[name][part]
@@ -85,10 +90,11 @@ class Study:
         if args.recorded:
             return {key: self.from_record(recipe, key, config) for key, config in zip(keys, configs)}
         folders = [root / settings.name(config) for config in configs]
-        if not all((folder / "ckpt.pt").exists() and len(run.load(folder)["history"]) == args.epochs
-                   for folder in folders):
+        opened = [run.open(folder) for folder in folders if (folder / "ckpt.pt").exists()]
+        if len(opened) < len(folders) or any(len(one.history) != args.epochs for one in opened):
             train.main(argv)
-        runs = {key: run.open(folder) for key, folder in zip(keys, folders)}
+            opened = [run.open(folder) for folder in folders]
+        runs = dict(zip(keys, opened))
         for key, one in runs.items():
             one.recipe, last = recipe, one.history[-1]
             self.note(recipe, key, config=one.config, seconds=last["seconds"],
@@ -101,7 +107,7 @@ class Study:
         """What tables and curves need of a run, from its line."""
         curves, optimum = self.recorded(recipe, key, "curves"), self.recorded(recipe, key, "optimum")
         history = [dict(zip(curves, values)) | optimum for values in zip(*curves.values())]
-        for epoch, values in self.records["{}/{}-{}-{}-s{}".format(recipe, *key)].get("over_t", {}).items():
+        for epoch, values in self.records[line_name(recipe, key)].get("over_t", {}).items():
             history[int(epoch) - 1]["train_loss_over_t"] = values
         history[-1]["seconds"] = self.recorded(recipe, key, "seconds")
         return SimpleNamespace(config=config, history=history, recipe=recipe, folder=None)
