@@ -13,6 +13,7 @@ import run
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
 
+DPI = 120
 SAMPLER_COLOURS = ["black", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255"]      # Tol's, none of a target
 COLOURS = {"x": "#0072B2", "eps": "#D55E00", "v": "#009E73", "s": "#CC79A7", "u": "#E69F00"}
 
@@ -175,6 +176,6 @@ def finish(fig, ax, path, dashed=True):
 def save(fig, path):
     """Write the figure as PNG, whole or not at all, and close it."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=120)
+    fig.savefig(buffer, format="png", dpi=DPI)
     plt.close(fig)
     run.write(path, buffer.getbuffer())

@@ -54,6 +54,8 @@ def study(tmp_path_factory):
     patch.setattr(study_file, "DRAWS", 4)
     patch.setattr(reproduce_beyond, "DRAWS", 4)
     patch.setattr(study_file, "ODE_STEPS", 3)
+    patch.setattr(plots.plt.Figure, "tight_layout", lambda *args, **kw: None)              # tested in test_plots.py
+    patch.setattr(plots, "DPI", 30)
     for name in set(FIGURES.values()):
         original = getattr(plots, name)
 
@@ -213,7 +215,7 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
     calls, original = [], kind_points.draw
     monkeypatch.setattr(kind_points, "draw", lambda runs, *rest, **how:
                         calls.append((len(runs.members), *rest[:3])) or original(runs, *rest, **how))
-    call("table4.1")
+    call("fig4.12")
     assert calls == [(1, 16, 2000, 1)]
     evaluate = likelihood.evaluate
     os.utime(made / "likelihood-500-4-3.json", (0, 0))

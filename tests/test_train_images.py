@@ -477,8 +477,10 @@ def test_table4_2(folder, tmp_path, monkeypatch, at_hand):
     monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
     calls, original = [], train.main
     monkeypatch.setattr(train, "main", lambda argv: calls.append(argv) or original(argv))
-    reproduce.main(["table4.2", "--data", str(folder), "--budget", "0.03", "--runs", str(tmp_path),
-                    "--num-samples", "2000", "--data-dir", str(tmp_path / "data"), "--device", "cpu", *SMALL[:-2]])
+    args = reproduce.parse(["table4.2", "--data", str(folder), "--budget", "0.03", "--runs", str(tmp_path),
+                            "--data-dir", str(tmp_path / "data"), "--device", "cpu", *SMALL[:-2]])
+    args.num_samples = 40                                             # fewer than the command line takes
+    reproduce.make("table4.2", args)
     text = (tmp_path / "results/thesis/table4.2.md").read_text()
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines()
              if row.startswith("|")}
