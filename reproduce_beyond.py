@@ -52,9 +52,9 @@ def likelihoods(study):
     text = rows(["data", "target", "trained with", "bound", "exact NLL", "entropy", "bound - entropy",
                  "exact - entropy", "median over points"], lines)
     worst = {name: f"at most {max(values):.3f}" if values else "not small" for name, values in errors.items()}
-    lost = [f"{data} {recipe} `{loss}` "
+    lost = [f"{data} {title}: "
             f"{', '.join(str(results[recipe, data, 's', loss, seed].get('lost', '?')) for seed in range(args.seeds))}"
-            for data, (recipe, loss, _) in itertools.product(DATASETS, TRAINED_WITH)]
+            for data, (recipe, loss, title) in itertools.product(DATASETS, TRAINED_WITH)]
     return text + [f"Nats (for two dimensions), the first {n:,} test points and their own entropy; {args.epochs} "
                    f"epochs, {args.seeds} seeds, mean +- standard deviation over them. The Monte Carlo error of a gap "
                    f"below 1 nat is {worst['bound gap']} for the bound ({DRAWS} draws of t and noise a point) and "
