@@ -108,7 +108,7 @@ def parse(argv):
     parser.add_argument("--num-samples", type=settings.number(int, 2000), default=10_000, help="of each run (10000)")
     parser.add_argument("--quick", action="store_true", help="--seeds 1 --epochs 20 --num-samples 2500")
     parser.add_argument("--recorded", action="store_true",
-                        help="only use the numbers in runs.jsonl: train and measure nothing")
+                        help="tables and curves from the numbers in runs.jsonl alone: train and measure nothing")
     parser.add_argument("--runs", default="runs", help="folder of the runs (runs)")
     parser.add_argument("--out", help="folder of the results (results; with other seeds, epochs or samples "
                                       "<runs>/results)")

@@ -53,6 +53,15 @@ def line_name(recipe, key):
     return "{}/{}-{}-{}-s{}".format(recipe, *key)
 
 
+class Missing:
+    """Stands for networks and samples where a study has only recorded numbers: every use ends in one sentence."""
+
+    def __call__(self, *args):
+        raise SystemExit("this is not in runs.jsonl, it needs the networks themselves - leave out --recorded")
+
+    __truediv__ = __call__
+
+
 class Study:
     """Runs of all datasets and targets with --seeds seeds, and their numbers. args: of reproduce.py."""
 
@@ -110,7 +119,8 @@ class Study:
         for epoch, values in self.records[line_name(recipe, key)].get("over_t", {}).items():
             history[int(epoch) - 1]["train_loss_over_t"] = values
         history[-1]["seconds"] = self.recorded(recipe, key, "seconds")
-        return SimpleNamespace(config=config, history=history, recipe=recipe, folder=None)
+        return SimpleNamespace(config=config, history=history, recipe=recipe, folder=Missing(),
+                               model=Missing())
 
     def curve(self, runs, key, name):
         """What the history of a run calls `name`, over epochs."""
@@ -173,7 +183,7 @@ class Study:
         floors, log_density = kind_points.floor(data, self.args.num_samples)
         return (dict(zip(KEPT, samples[how]))
                 | {f"{name}_floor": {"mean": mean, "std": std} for name, (mean, std) in floors.items()}
-                | {"log_density_data": log_density, "seconds": 0.0})
+                | {"log_density_data": log_density, "seconds": 0.0, "folder": Missing()})
 
     def likelihoods(self, runs):
         """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-*."""

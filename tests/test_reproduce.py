@@ -191,6 +191,9 @@ def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path,
     with pytest.raises(SystemExit, match="^no curves of stabilised/clusters-x-mse-s2 in runs.jsonl - "
                                          "leave out --recorded"):
         reproduce.main(["fig4.8", "--seeds", "3", "--epochs", "2", "--recorded", "--out", str(tmp_path / "results")])
+    for name in "fig4.11", "fig4.12", "appendix4":
+        with pytest.raises(SystemExit, match="^this is not in runs.jsonl, it needs the networks themselves - leave"):
+            call(name)
     (tmp_path / "results/thesis/runs.jsonl").write_text("{")
     with pytest.raises(SystemExit, match="runs.jsonl is damaged - delete it"):
         call("fig4.8")
