@@ -10,8 +10,9 @@ demo: .venv/.installed
 	$(RUN) sample.py --ckpt runs/rings-eps-mse-s0 --steps 512
 	@echo "To go on by hand: source .venv/bin/activate"
 
+# Two processes of one thread: threads of small tensors only wait for each other.
 test: .venv/.installed
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(RUN) -m ruff check .
