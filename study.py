@@ -119,8 +119,7 @@ class Study:
         for epoch, values in self.records[line_name(recipe, key)].get("over_t", {}).items():
             history[int(epoch) - 1]["train_loss_over_t"] = values
         history[-1]["seconds"] = self.recorded(recipe, key, "seconds")
-        return SimpleNamespace(config=config, history=history, recipe=recipe, folder=Missing(),
-                               model=Missing())
+        return SimpleNamespace(config=config, history=history, recipe=recipe, folder=Missing(), model=Missing())
 
     def curve(self, runs, key, name):
         """What the history of a run calls `name`, over epochs."""
@@ -183,7 +182,7 @@ class Study:
         floors, log_density = kind_points.floor(data, self.args.num_samples)
         return (dict(zip(KEPT, samples[how]))
                 | {f"{name}_floor": {"mean": mean, "std": std} for name, (mean, std) in floors.items()}
-                | {"log_density_data": log_density, "seconds": 0.0, "folder": Missing()})
+                | {"log_density_data": log_density, "folder": Missing()})
 
     def likelihoods(self, runs):
         """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-*."""

@@ -475,6 +475,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_beyond.py", '<= floor["mean"] + 2 * floor["std"]', '<= floor["mean"] + 3 * floor["std"]'),
     ("study.py", "terms[name] - terms[\"entropy\"]", "terms[name]"),
     ("study.py", 'gaps["exact gap"].median()', 'gaps["exact gap"].mean()'),
+    ("reproduce_beyond.py", 'return n - (sampler == "heun")', "return n"),
     ("reproduce_beyond.py", 'if grid == "t":', 'if True:'),
     ("metrics.py", "(x - y).square().mean().sqrt()", "(x - y).abs().mean()"),
     ("metrics.py", "/ directions * math.pi", "/ directions * math.pi / 2"),

@@ -327,6 +327,14 @@ def test_the_curves_over_evaluations(study):
         assert floor == made[2][0][f"{name}_floor"]
 
 
+def test_the_evaluations_of_a_curve_are_those_of_the_network():
+    calls = []
+    for sampler in samplers.SAMPLERS:
+        calls.clear()
+        samplers.sample(lambda z, t: calls.append(t) or 0 * z, (3, 2), 8, target="v", schedule=COSINE, sampler=sampler)
+        assert len(calls) == reproduce_beyond.evaluations(sampler, 8), sampler
+
+
 def test_the_table_of_likelihoods(study):
     folder, _, _ = study
     text = (folder / "results/beyond/likelihood.md").read_text()
