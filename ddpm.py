@@ -6,18 +6,19 @@ weighed). Equation numbers are the thesis's; VDM is *Demystifying Variational Di
 slides are *Diffusion Models* (Beigy, lecture of 2025).
 
 A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sigma^2), strictly
-decreasing in t in [0, 1]. Everything else follows from it. Times are tensors of shape (B,) or (),
-data are (B, ...); every function works in float32 and float64, on any device. The ends t = 0 and
-t = 1 of the cosine schedule are log-SNR +-infinity: training and sampling stay inside
-[t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
+decreasing in t in [0, 1], and a scale, which says how large alpha and sigma are at a log-SNR.
+Everything else follows from the two. Times are tensors of shape (B,) or (), data are (B, ...);
+every function works in float32 and float64, on any device. The ends t = 0 and t = 1 of the cosine
+schedule are log-SNR +-infinity: training and sampling stay inside [t_min, 1 - t_min]; with
+t_min = 1e-3 its log-SNR is +-12.9.
 
 Not here: how samples are drawn (`samplers.py`), learned schedules and learned variances.
 
-    python ddpm.py        # alpha, sigma and log-SNR of the three schedules of Fig. 3.2
+    python ddpm.py        # alpha, sigma and log-SNR of every schedule; Fig. 3.2 has the first three
 """
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -27,22 +28,41 @@ def expand(c, x):
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim))
 
 
+class Scale(NamedTuple):
+    """The pair (alpha, sigma) as functions of log-SNR: any pair whose SNR decreases is one."""
+    alpha: Callable
+    sigma: Callable
+    dlog_alpha: Callable           # d log(alpha) / d log-SNR as a function of (alpha, sigma)
+
+
+# alpha^2 + sigma^2 = 1, alpha^2 = sigmoid(logsnr) (VDM A.3); 1 - alpha^2 would cancel near t = 0.
+PRESERVING = Scale(lambda logsnr: torch.sigmoid(logsnr).sqrt(),
+                   lambda logsnr: torch.sigmoid(-logsnr).sqrt(),
+                   lambda alpha, sigma: 0.5 * sigma**2)
+# alpha = 1
+EXPLODING = Scale(torch.ones_like,
+                  lambda logsnr: torch.exp(-0.5 * logsnr),
+                  lambda alpha, sigma: torch.zeros_like(sigma))
+# alpha + sigma = 1 (VDM 4.40)
+STRAIGHT = Scale(lambda logsnr: torch.sigmoid(0.5 * logsnr),
+                 lambda logsnr: torch.sigmoid(-0.5 * logsnr),
+                 lambda alpha, sigma: 0.5 * sigma)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A noise schedule: logsnr(t), its derivative, what follows from them. All map (B,) -> (B,)."""
     logsnr: Callable
     dlogsnr: Callable
-    variance_preserving: bool = True               # else variance exploding: alpha = 1
+    scale: Scale = PRESERVING
 
     def alpha(self, t):
-        """Signal coefficient: alpha^2 = sigmoid(logsnr) = 1 - sigma^2 (VDM A.3); 1 if exploding."""
-        return (torch.sigmoid(self.logsnr(t)).sqrt() if self.variance_preserving
-                else torch.ones_like(t))
+        """Signal coefficient of z = alpha x + sigma eps, Eq. (3.1)."""
+        return self.scale.alpha(self.logsnr(t))
 
     def sigma(self, t):
-        """Noise coefficient: sigma^2 = sigmoid(-logsnr); 1 - alpha^2 would cancel near t = 0."""
-        return (torch.sigmoid(-self.logsnr(t)).sqrt() if self.variance_preserving
-                else torch.exp(-0.5 * self.logsnr(t)))
+        """Noise coefficient of z = alpha x + sigma eps, Eq. (3.1)."""
+        return self.scale.sigma(self.logsnr(t))
 
     def snr(self, t):
         """SNR(t) = alpha^2 / sigma^2, Eq. (3.2)."""
@@ -67,9 +87,8 @@ class Schedule:
         return self.logsnr(torch.tensor([1 - t_min, t_min], dtype=torch.float64)).tolist()
 
     def drift(self, t):
-        """f of dz = f z dt + g dw (slides): dlog(alpha)/dt = sigma^2 dlogsnr / 2; exploding: 0."""
-        return (0.5 * self.sigma(t)**2 * self.dlogsnr(t) if self.variance_preserving
-                else torch.zeros_like(t))
+        """f of dz = f z dt + g dw (slides): dlog(alpha)/dt; preserving -beta / 2, exploding 0."""
+        return self.scale.dlog_alpha(self.alpha(t), self.sigma(t)) * self.dlogsnr(t)
 
     def diffusion_sq(self, t):
         """g^2 of dz = f z dt + g dw: dsigma^2/dt - 2 f sigma^2 = -sigma^2 dlogsnr; any schedule."""
@@ -112,20 +131,110 @@ def ve_dlogsnr(t):
     return torch.full_like(t, -2 * math.log(SIGMA_1 / SIGMA_0))
 
 
+# Rectified flow, flow matching: alpha = 1 - t, sigma = t (VDM 4.38 - 4.49; Lipman et al. 2023).
+def flow_logsnr(t):
+    return 2 * (torch.log1p(-t) - t.log())
+
+
+def flow_dlogsnr(t):
+    return -2 / (t * (1 - t))
+
+
+# DDPM: alpha^2 at t = i / 1000 is the product of 1 - beta_1 ... 1 - beta_i, beta_i equally spaced
+# (Ho et al. 2020; Foundations 1.25).
+def linear_betas(steps=1000):
+    """beta_1 ... beta_steps in float64: 1e-4 to 0.02 times 1000 / steps (Foundations 1.25).
+
+    So that the last alpha^2 is nearly that of 1000 steps. Raises ValueError if steps <= 20, where
+    the last beta is 1 or more.
+    """
+    if steps <= 20:
+        raise ValueError(f"steps must be at least 21, got {steps}: the last beta is {20 / steps:g}")
+    return torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * 1000 / steps
+
+
+# 1 - beta_i = A - B i = B (R - i), and a product of those is B^k gamma(R) / gamma(R - k): smooth in
+# k = 1000 t. Its log by Stirling's formula, which for R = 50,197 is exact in float64, in terms of
+# one sign: nothing cancels, as it would in lgamma(R) - lgamma(R - k).
+B = (0.02 - 1e-4) / 999
+A = 1 - 1e-4 + B
+R = A / B
+
+
+def ddpm_log_alpha_sq(t):
+    k, u = 1000 * t, 1000 * t / R
+    integral = math.log(A) * k - R * sum(u**n / (n * (n - 1)) for n in range(2, 9))
+    return integral + 0.5 * torch.log1p(-u) - u / (1 - u) / (12 * R)
+
+
+def ddpm_logsnr(t):
+    log_alpha_sq = ddpm_log_alpha_sq(t)
+    return log_alpha_sq - (-torch.expm1(log_alpha_sq)).log()
+
+
+def ddpm_dlogsnr(t):
+    rest = R - 1000 * t                                            # below: log B + digamma(rest)
+    slope = math.log(A) + torch.log1p(-1000 * t / R) - 0.5 / rest - 1 / (12 * rest**2)
+    return 1000 * slope / -torch.expm1(ddpm_log_alpha_sq(t))
+
+
+# Improved DDPM: alpha proportional to cos(C (t + S)), C = pi / (2 (1 + S)), and beta at most 0.999,
+# which acts in the last of 1000 steps alone (Nichol and Dhariwal 2021, Eq. 17).
+S, LAST, CAP = 0.008, 0.999, 1000 * math.log(1 - 0.999)
+C = math.pi / 2 / (1 + S)
+
+
+def iddpm_log_alpha_sq(t):
+    before = t.clamp(max=LAST)
+    return 2 * (torch.sin(C * (1 - before)).log() - math.log(math.cos(C * S))) + CAP * (t - before)
+
+
+def iddpm_var(t):
+    """sigma^2: cos^2 a - cos^2 b = sin(b + a) sin(b - a), which does not cancel near t = 0."""
+    early = torch.sin(C * (t + 2 * S)) * torch.sin(C * t) / math.cos(C * S)**2
+    return torch.where(t < 0.5, early, -torch.expm1(iddpm_log_alpha_sq(t)))
+
+
+def iddpm_logsnr(t):
+    return iddpm_log_alpha_sq(t) - iddpm_var(t).log()
+
+
+def iddpm_dlogsnr(t):
+    slope = torch.where(t < LAST, -2 * C / torch.tan(C * (1 - t)), CAP)
+    return slope / iddpm_var(t)
+
+
+# EDM, in training: log(sigma) ~ N(-1.2, 1.2^2) for t uniform (Karras et al. 2022, Table 1).
+P_MEAN, P_STD = -1.2, 1.2
+
+
+def edm_logsnr(t):
+    return -2 * (P_MEAN + P_STD * torch.special.ndtri(t))
+
+
+def edm_dlogsnr(t):
+    density = torch.exp(-0.5 * torch.special.ndtri(t)**2) / math.sqrt(2 * math.pi)
+    return -2 * P_STD / density
+
+
 SCHEDULES = {
     "cosine": Schedule(cosine_logsnr, cosine_dlogsnr),
     "linear": Schedule(linear_logsnr, linear_dlogsnr),
-    "ve":     Schedule(ve_logsnr, ve_dlogsnr, variance_preserving=False),
+    "ve":     Schedule(ve_logsnr, ve_dlogsnr, EXPLODING),
+    "flow":   Schedule(flow_logsnr, flow_dlogsnr, STRAIGHT),
+    "ddpm":   Schedule(ddpm_logsnr, ddpm_dlogsnr),
+    "iddpm":  Schedule(iddpm_logsnr, iddpm_dlogsnr),
+    "edm":    Schedule(edm_logsnr, edm_dlogsnr, EXPLODING),
 }
 
 
 def standardise(z, t, schedule):
     """z divided by sqrt(alpha^2 + sigma^2), its standard deviation for standardised data.
 
-    It is what networks are given. The divisor is 1 for every variance preserving schedule; it
-    keeps z of the variance exploding one (sigma up to 50) in range.
+    It is what networks are given; c_in of Karras et al. 2022, Table 1. The divisor is 1 for every
+    variance preserving schedule; it keeps z of an exploding one (sigma up to 50) in range.
     """
-    if schedule is None or schedule.variance_preserving:
+    if schedule is None or schedule.scale is PRESERVING:
         return z
     return z * expand((schedule.alpha(t)**2 + schedule.sigma(t)**2).rsqrt(), z)
 
@@ -171,3 +280,5 @@ if __name__ == "__main__":
         for t in torch.tensor([0.001, 0.25, 0.5, 0.75, 0.999]):
             print(f"  {t:.3f} {schedule.alpha(t):8.4f} {schedule.sigma(t):9.4f}"
                   f" {schedule.logsnr(t):9.3f} {schedule.dlogsnr(t):12.3f}")
+    print("beta rescaled: the last alpha^2 of "
+          + ", ".join(f"{n} steps {torch.prod(1 - linear_betas(n)):.3g}" for n in (4000, 1000, 50)))

@@ -52,8 +52,8 @@ def nelbo(target, alpha, sigma, det, dlogsnr):
 def nelbo_stable(target, alpha, sigma, det, dlogsnr):
     """The weights that explain the thesis's NELBO column (ERRATA.md entry 8).
 
-    They are nelbo / pi with d in the denominator: four different functionals, comparable with the
-    thesis's Table 4.1 and not with each other. For x, eps, v and s.
+    They are 2 / pi times nelbo on the cosine schedule, with d in the denominator: four different
+    functionals, comparable with the thesis's Table 4.1 and not with each other. For x, eps, v, s.
     """
     rows = {"x": alpha / (sigma**3 + STABLE_D), "eps": 1 / (alpha * sigma + STABLE_D),
             "v": alpha / (sigma + STABLE_D),    "s": sigma / (alpha + STABLE_D)}
@@ -64,15 +64,18 @@ def nelbo_stable(target, alpha, sigma, det, dlogsnr):
 
 
 LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelbo_stable}
+COSINE_ONLY = "nelbo_stable",
 
 
 def weight(loss, target, t, schedule, stabiliser=0.0):
     """Weight of the target's squared error at time t: (B,) -> (B,).
 
-    Raises ValueError for an unknown loss or target.
+    Raises ValueError for an unknown loss or target, or a schedule that the loss is not made for.
     """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
+    if loss in COSINE_ONLY and schedule is not ddpm.SCHEDULES["cosine"]:
+        raise ValueError(f"{loss} has weights for the cosine schedule alone")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     det = targets.determinant(target, alpha, sigma, stabiliser)
     return LOSSES[loss](target, alpha, sigma, det, schedule.dlogsnr(t))

@@ -1,4 +1,4 @@
-r"""What the network predicts: data x, noise eps, velocity v, score s, flow u (thesis 3.1.4 - 3.3).
+r"""What the network predicts: x, eps, v, s, flow u, EDM's F (thesis 3.1.4 - 3.3).
 
 Read `ddpm.py` first. Every target is one row of a table, y = a x + b eps. Together with
 z = alpha x + sigma eps that is a 2x2 linear system for (x, eps), so one solve gives x_hat and
@@ -23,6 +23,8 @@ TARGETS = {
     "v":   lambda alpha, sigma, d: (-sigma, alpha),                     # velocity, Eq. (3.55)
     "s":   lambda alpha, sigma, d: (0.0, -sigma / (sigma**2 + d)),      # score, Eq. (3.53)
     "u":   lambda alpha, sigma, d: (-1.0, 1.0),                         # flow (Lipman et al. 2023)
+    "F":   lambda alpha, sigma, d: (sigma / (alpha**2 + sigma**2)**0.5,             # EDM's network,
+                                    -alpha / (alpha**2 + sigma**2)**0.5),           # -v if 1 = r^2
 }
 
 

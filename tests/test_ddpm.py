@@ -1,6 +1,7 @@
 """The process against the thesis's formulas typed again, joint Gaussians, quadrature and autograd."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -13,18 +14,45 @@ T = torch.cat([torch.tensor([1e-4, 1e-3]), torch.linspace(0.01, 0.99, 99), torch
 PAIRS = [(s, t) for s in (0.001, 0.1, 0.5, 0.9, 0.998) for t in (0.0011, 0.11, 0.5001, 0.95, 0.999) if s < t]
 S_, T_ = torch.tensor(PAIRS, dtype=F64).T
 
-every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+def linear(t):
+    """The integral of beta over [0, t] by quadrature."""
+    u = (torch.arange(20_000, dtype=F64) + 0.5) / 20_000
+    integral = torch.stack([(0.1 + 19.9 * u * v).mean() * v for v in t])
+    return torch.exp(-integral / 2), torch.sqrt(1 - torch.exp(-integral))
+
+
+def gamma_ratio(t):
+    """DDPM: the log of B^k gamma(R) / gamma(R - k) is the integral of log B + digamma(R - v) over v in [0, k]."""
+    b = 0.0199 / 999
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(8))
+    v = 1000 * t[:, None] * (1 + nodes) / 2
+    integrand = math.log(b) + torch.digamma((1 - 1e-4 + b) / b - v)
+    log_alpha_sq = 1000 * t / 2 * (weights * integrand).sum(1)
+    return torch.exp(log_alpha_sq / 2), torch.sqrt(-torch.expm1(log_alpha_sq))
+
+
+def iddpm(t):
+    """f(t) / f(0), and in the last of 1000 steps the product with 1 - beta = 0.001 to the power of the part of it."""
+    f = lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2)**2
+    alpha_sq = f(t.clamp(max=0.999)) / f(torch.zeros_like(t)) * 0.001**(1000 * (t - 0.999).clamp(min=0))
+    return alpha_sq.sqrt(), (1 - alpha_sq).sqrt()
+
+
+DEFINITIONS = {     # alpha and sigma; a schedule that is added is tested once its textbook definition is here
+    "cosine": lambda t: (torch.cos(math.pi * t / 2), torch.sin(math.pi * t / 2)),              # Eq. (3.3)
+    "linear": linear,
+    "ve": lambda t: (torch.ones_like(t), 0.01 * (50 / 0.01)**t),
+    "flow": lambda t: (1 - t, t),                                                              # VDM 4.40
+    "ddpm": gamma_ratio,
+    "iddpm": iddpm,
+    "edm": lambda t: (torch.ones_like(t),                                                      # Karras et al., Table 1
+                      torch.exp(-1.2 + 1.2 * torch.distributions.Normal(0.0, 1.0).icdf(t))),
+}
+every_schedule = pytest.mark.parametrize("name", DEFINITIONS)
 
 
 def alpha_sigma(name, t):
-    """alpha and sigma from their textbook definitions, the integral of beta by quadrature."""
-    if name == "cosine":
-        return torch.cos(math.pi * t / 2), torch.sin(math.pi * t / 2)                          # Eq. (3.3)
-    if name == "ve":
-        return torch.ones_like(t), 0.01 * (50 / 0.01) ** t
-    u = (torch.arange(20_000, dtype=F64) + 0.5) / 20_000
-    integral = torch.stack([(0.1 + 19.9 * u * v).mean() * v for v in t])                       # of beta over [0, t]
-    return torch.exp(-integral / 2), torch.sqrt(1 - torch.exp(-integral))
+    return DEFINITIONS[name](t)
 
 
 @every_schedule
@@ -185,3 +213,58 @@ def test_the_ends_of_log_snr():
     assert abs(low + 12.912) < 1e-3 and abs(high - 12.912) < 1e-3
     low, high = SCHEDULES["ve"].ends(0.25)
     assert abs(high + 2 * math.log(0.01 * 5000**0.25)) < 1e-9 and abs(low + 2 * math.log(0.01 * 5000**0.75)) < 1e-9
+
+
+def test_ddpm_is_the_product_of_its_1000_factors_and_is_smooth_between():
+    """alpha^2(i / 1000) = (1 - beta_1) ... (1 - beta_i), Ho et al. 2020."""
+    product = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64), 0)
+    t = torch.arange(1, 1001, dtype=F64) / 1000
+    schedule = SCHEDULES["ddpm"]
+    assert_close(schedule.alpha(t)**2, product, rtol=1e-10, atol=0)
+    assert_close(schedule.logsnr(t), torch.log(product / (1 - product)), rtol=1e-10, atol=1e-10)
+    fine = schedule.logsnr(torch.linspace(0.001, 1, 99_901, dtype=F64))
+    bends = fine.diff().diff()                                # a kink at every i / 1000 would be a jump of these
+    assert bends.diff().abs().max() < 0.05 * bends.abs().max()
+
+
+def test_iddpm_is_the_product_of_its_1000_factors():
+    """beta_i = 1 - f(i) / f(i - 1), at most 0.999: Nichol and Dhariwal 2021, Eq. 17."""
+    f = torch.cos((torch.arange(1001, dtype=F64) / 1000 + 0.008) / 1.008 * math.pi / 2)**2
+    product = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)
+    t = torch.arange(1, 1001, dtype=F64) / 1000
+    assert_close(SCHEDULES["iddpm"].alpha(t)**2, product, rtol=1e-9, atol=0)
+
+
+def test_betas_of_other_numbers_of_steps_and_too_few():
+    """Foundations 1.25: beta times 1000 / steps, so that alpha_T^2 stays near exp(-10.05)."""
+    assert_close(ddpm.linear_betas(), torch.linspace(1e-4, 0.02, 1000, dtype=F64))
+    for steps, log_alpha_sq in (4000, -10.067), (500, -10.19), (250, -10.33), (100, -10.80), (50, -11.77):
+        betas = ddpm.linear_betas(steps)
+        assert len(betas) == steps and abs(betas[-1] - 20 / steps) < 1e-12 and abs(betas[0] - 0.1 / steps) < 1e-12
+        assert abs(torch.log(1 - betas).sum() - log_alpha_sq) < 0.006
+    assert ddpm.linear_betas(21)[-1] < 1
+    for steps in 20, 1:
+        with pytest.raises(ValueError, match="at least 21"):
+            ddpm.linear_betas(steps)
+
+
+def test_any_pair_is_a_schedule():
+    """Here alpha = 2 - t, sigma = t (1 + t): its scale from its log-SNR by bisection, its slope from autograd."""
+    def time(logsnr):
+        low, high = torch.zeros_like(logsnr), torch.ones_like(logsnr)
+        for _ in range(60):
+            t = (low + high) / 2
+            low, high = torch.where(pair_logsnr(t) > logsnr, t, low), torch.where(pair_logsnr(t) > logsnr, high, t)
+        return t
+
+    pair_logsnr = lambda t: 2 * (torch.log(2 - t) - torch.log(t * (1 + t)))
+    slope = lambda t: -2 / (2 - t) - 2 * (1 + 2 * t) / (t * (1 + t))
+    scale = ddpm.Scale(lambda logsnr: 2 - time(logsnr), lambda logsnr: time(logsnr) * (1 + time(logsnr)),
+                       lambda alpha, sigma: -1 / alpha / slope(2 - alpha))
+    schedule, t = ddpm.Schedule(pair_logsnr, slope, scale), torch.tensor([0.1, 0.5, 0.9], dtype=F64)
+    assert_close(schedule.alpha(t), 2 - t)
+    assert_close(schedule.sigma(t), t * (1 + t))
+    assert_close(schedule.drift(t), -1 / (2 - t))                                  # dlog(alpha) / dt
+    assert_close(schedule.diffusion_sq(t), 2 * t * (1 + t) * (1 + 2 * t) + 2 / (2 - t) * (t * (1 + t))**2)
+    x = ddpm.q_sample(torch.ones(3, 1, dtype=F64), t, torch.zeros(3, 1, dtype=F64), schedule)
+    assert_close(ddpm.standardise(x, t, schedule)[:, 0], (2 - t) / ((2 - t)**2 + (t * (1 + t))**2).sqrt())

@@ -33,10 +33,10 @@ def check_target():
     """sigma eps - alpha x, and the way back to x and eps from it."""
     x, eps = torch.randn(2, 6, dtype=F64, generator=torch.Generator().manual_seed(0))
     z, y = ALPHA * x + SIGMA * eps, SIGMA * eps - ALPHA * x
-    a, b = targets.coefficients("f", ALPHA, SIGMA)
+    a, b = targets.coefficients("diff", ALPHA, SIGMA)
     assert_close(a * x + b * eps, y)
-    assert_close(targets.to_x("f", y, z, ALPHA, SIGMA), x)
-    assert_close(targets.to_eps("f", y, z, ALPHA, SIGMA), eps)
+    assert_close(targets.to_x("diff", y, z, ALPHA, SIGMA), x)
+    assert_close(targets.to_eps("diff", y, z, ALPHA, SIGMA), eps)
 
 
 def check_sampler():
@@ -67,7 +67,7 @@ def check_schedule():
     assert_close((schedule.alpha(T) / schedule.sigma(T)).log() * 2, 10 - 20 * T)
 
 
-EXERCISES = {"loss": (losses.LOSSES, "min_snr", check_loss), "target": (targets.TARGETS, "f", check_target),
+EXERCISES = {"loss": (losses.LOSSES, "min_snr", check_loss), "target": (targets.TARGETS, "diff", check_target),
              "sampler": (samplers.SAMPLERS, "ddim_half", check_sampler),
              "schedule": (SCHEDULES, "sigmoid", check_schedule)}
 

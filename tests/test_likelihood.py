@@ -223,7 +223,7 @@ def test_uniform_log_snr_has_the_smaller_variance():
 # The exact log-likelihood
 
 @every_schedule
-@pytest.mark.parametrize("target", ["x", "eps", "v", "s", "u"])
+@pytest.mark.parametrize("target", ["x", "eps", "v", "s", "u", "F"])
 def test_the_log_likelihood_of_gaussian_data(name, target):
     """N(0, diag(0.3, 1.2)^2) diffused to t_min, times alpha there: the density of x is that of z_0 / alpha."""
     t_min, schedule, std = 0.02, SCHEDULES[name], torch.tensor([0.3, 1.2], dtype=F64)

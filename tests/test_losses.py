@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from test_ddpm import every_schedule
 from torch.testing import assert_close
 
 import ddpm
@@ -13,16 +14,15 @@ from ddpm import SCHEDULES
 F64 = torch.float64
 T = torch.tensor([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999], dtype=F64)
 COSINE = SCHEDULES["cosine"]
-TARGETS = "x", "eps", "v", "s", "u"
-
-every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+TARGETS = "x", "eps", "v", "s", "u", "F"
 
 
 def x_factor(target, alpha, sigma):
     """The factor that turns the target's squared error into that of x_hat, for any alpha and sigma."""
     return {"x": torch.ones_like(alpha), "eps": sigma**2 / alpha**2,                           # (3.62)
             "v": sigma**2 / (alpha**2 + sigma**2)**2,                                          # (3.63) is for VP
-            "s": sigma**4 / alpha**2, "u": sigma**2 / (alpha + sigma)**2}[target]              # (3.64)
+            "s": sigma**4 / alpha**2, "u": sigma**2 / (alpha + sigma)**2,                      # (3.64)
+            "F": sigma**2 / (alpha**2 + sigma**2)}[target]
 
 
 @every_schedule
@@ -56,6 +56,9 @@ def test_stable_weights_are_the_inferred_ones():
         assert_close(losses.weight("nelbo_stable", target, T, COSINE), expected[target], rtol=1e-7, atol=0)
     with pytest.raises(ValueError, match="no weight for target 'u'"):
         losses.weight("nelbo_stable", "u", T, COSINE)
+    for name in SCHEDULES.keys() - {"cosine"}:
+        with pytest.raises(ValueError, match="for the cosine schedule alone"):
+            losses.weight("nelbo_stable", "eps", T, SCHEDULES[name])
 
 
 def test_errata_2_the_weight_of_the_score_cancels_the_snr_derivative():
@@ -90,7 +93,8 @@ def gaussian_model(c, target, schedule, d=0.0):
         var = alpha**2 * c**2 + sigma**2
         x_hat, eps_hat = alpha * c**2 / var * z, sigma / var * z
         return {"x": x_hat, "eps": eps_hat, "v": alpha * eps_hat - sigma * x_hat,
-                "s": -sigma * eps_hat / (sigma**2 + d), "u": eps_hat - x_hat}[target]
+                "s": -sigma * eps_hat / (sigma**2 + d), "u": eps_hat - x_hat,
+                "F": (sigma * x_hat - alpha * eps_hat) / (alpha**2 + sigma**2).sqrt()}[target]
     return model
 
 
@@ -132,9 +136,9 @@ def test_with_the_exact_denoiser_nelbo_and_rescaled_are_the_same_for_every_targe
     value = lambda loss, target, d=0.0: losses.loss(dataset.optimal_model(target, schedule, d), x, t, eps,
                                                     target=target, loss=loss, schedule=schedule, stabiliser=d)
     for loss in "nelbo", "rescaled":
-        for target, d in ("eps", 0.0), ("v", 0.0), ("s", 0.0), ("s", 0.01), ("u", 0.0):
+        for target, d in ("eps", 0.0), ("v", 0.0), ("s", 0.0), ("s", 0.01), ("u", 0.0), ("F", 0.0):
             assert_close(value(loss, target, d), value(loss, "x"), rtol=1e-5, atol=1e-12)
-    if schedule.variance_preserving:
+    if schedule.scale is ddpm.PRESERVING:
         assert_close(value("mse", "v"), value("mse", "x") + value("mse", "eps"), rtol=1e-6, atol=1e-12)
         assert_close(value("nelbo", "x").mean() * 2, (-schedule.dsnr(t) * value("mse", "x")).mean(), rtol=1e-6, atol=0)
 

@@ -3,17 +3,18 @@ import math
 
 import pytest
 import torch
+from test_ddpm import every_schedule
 from torch.testing import assert_close
 
+import ddpm
+import losses
 import targets
 from ddpm import SCHEDULES
 
 F64 = torch.float64
-TARGETS = "x", "eps", "v", "s", "u"        # a row that is added needs its definition in `typed` below
+TARGETS = "x", "eps", "v", "s", "u", "F"        # a row that is added needs its definition in `typed` below
 T = torch.tensor([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999], dtype=F64)[:, None]
 X, EPS = torch.randn(2, len(T), 4, dtype=F64, generator=torch.Generator().manual_seed(0))
-
-every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
 def setting(name):
@@ -24,6 +25,7 @@ def setting(name):
 def typed(target, alpha, sigma, z, d=0.0):
     """Each target as the thesis defines it."""
     return {"x": X, "eps": EPS, "v": alpha * EPS - sigma * X, "u": EPS - X,                   # (3.55)
+            "F": (sigma * X - alpha * EPS) / (alpha**2 + sigma**2).sqrt(),
             "s": -(z - alpha * X) / (sigma**2 + d)}[target]                                    # (3.53)
 
 
@@ -46,9 +48,11 @@ def test_inverses_are_those_of_the_thesis_also_for_a_wrong_prediction(name):
     alpha, sigma, z = setting(name)
     y, r_sq = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(1)), alpha**2 + sigma**2
     x_hat = {"x": y, "eps": (z - sigma * y) / alpha, "s": (z + sigma**2 * y) / alpha,         # 3.1.5, (3.49)
-             "v": (alpha * z - sigma * y) / r_sq, "u": (z - sigma * y) / (alpha + sigma)}      # (3.58) for r = 1
+             "v": (alpha * z - sigma * y) / r_sq, "u": (z - sigma * y) / (alpha + sigma),      # (3.58) for r = 1
+             "F": (alpha * z + sigma * r_sq.sqrt() * y) / r_sq}
     eps_hat = {"x": (z - alpha * y) / sigma, "eps": y, "s": -sigma * y,
-               "v": (sigma * z + alpha * y) / r_sq, "u": (z + alpha * y) / (alpha + sigma)}
+               "v": (sigma * z + alpha * y) / r_sq, "u": (z + alpha * y) / (alpha + sigma),
+               "F": (sigma * z - alpha * r_sq.sqrt() * y) / r_sq}
     for target in TARGETS:
         assert_close(targets.to_x(target, y, z, alpha, sigma), x_hat[target], rtol=1e-9, atol=1e-9)
         assert_close(targets.to_eps(target, y, z, alpha, sigma), eps_hat[target], rtol=1e-9, atol=1e-9)
@@ -99,3 +103,23 @@ def test_flow_is_the_derivative_along_the_straight_path():
 def test_unknown_target_is_named_with_the_choices():
     with pytest.raises(ValueError, match="unknown target 'foo': choose from x, eps, v, s"):
         targets.coefficients("foo", T, T)
+
+
+def test_f_with_mse_on_edm_is_the_training_of_karras_et_al():
+    """Their Table 1 typed out, sigma_data = 1: D = c_skip z + c_out F(c_in z), loss lambda (D - x)^2 = (F - target)^2."""
+    data, g = 1.0, torch.Generator().manual_seed(2)
+    schedule, t = SCHEDULES["edm"], T[:, 0]
+    sigma = torch.exp(-1.2 + 1.2 * torch.special.ndtri(t))[:, None]
+    c_skip, c_out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2).sqrt()
+    c_in, weight = 1 / (sigma**2 + data**2).sqrt(), (sigma**2 + data**2) / (sigma * data)**2
+    network = lambda z, t: torch.tanh(z) + 0.1 * t[:, None]                       # any, given c_in z
+    z = X + sigma * EPS
+    denoised = c_skip * z + c_out * network(c_in * z, t)
+    ours = lambda z, t: network(ddpm.standardise(z, t, schedule), t)
+    found = losses.loss(ours, X, t, EPS, target="F", loss="mse", schedule=schedule)
+    assert_close(found, (weight * (denoised - X)**2).mean(1), rtol=1e-8, atol=0)
+    assert_close(targets.to_x("F", ours(z, t), z, torch.ones_like(sigma), sigma), denoised, rtol=1e-8, atol=1e-12)
+    assert_close(losses.weight("rescaled", "F", t, schedule), (c_out**2)[:, 0], rtol=1e-8, atol=0)
+    y = torch.randn(z.shape, dtype=F64, generator=g)                              # (x - c_skip z) / c_out is the row
+    a, b = targets.coefficients("F", torch.ones_like(sigma), sigma)
+    assert_close(a * y + b * EPS, (y - c_skip * (y + sigma * EPS)) / c_out, rtol=1e-7, atol=1e-9)
