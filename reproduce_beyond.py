@@ -17,10 +17,12 @@ import metrics
 import plots
 import run
 import samplers
+import targets
 from datasets2d import DATASETS
 from study import DRAWS, ODE_STEPS, STEPS, TARGETS, cell, floor, gaps, rows
 
 FEW = [8, 16, 32]      # of them, where grids are compared
+SHORT = 20             # epochs, where every schedule is compared
 SWEEPS = {"t": STEPS, "logsnr": STEPS[2:6], "karras": STEPS[2:6]}    # evaluations; above 64 grids matter little
 TWO = "covariance_distance", "sliced_wasserstein"
 # What networks were trained with, as the table calls it: recipe of study.py, loss, title
@@ -178,9 +180,28 @@ def excess(study, path):
     plots.loss_curves({"exact NELBO above the best possible": panels}, path)
 
 
+def schedules(study):
+    """Every target on every schedule, trained shortly: two samplers with 64 evaluations."""
+    args, text = study.args, []
+    epochs, every = min(args.epochs, SHORT), list(targets.TARGETS)
+    runs = {name: study.trained(f"schedule-{name}", data=["rings"], target=every, epochs=epochs)
+            for name in ddpm.SCHEDULES}
+    for sampler, grid in ("ancestral", "t"), ("dpmpp", "logsnr"):
+        lines = []
+        for name in ddpm.SCHEDULES:
+            found = study.sampled(runs[name], 64, sampler, grid)
+            by_target = [[found["rings", target, "mse", seed] for seed in range(args.seeds)] for target in every]
+            lines.append([name, *(cell([result[TWO[0]] for result in results]) for results in by_target)])
+        lines.append(["floor", floor(by_target[0][0], TWO[0]), *[""] * (len(every) - 1)])
+        text += [f"**{sampler}, grid `{grid}`**: covariance distance", ""] + rows(["schedule", *every], lines)
+    return text + [f"The rings, `mse`, {epochs} epochs, {args.seeds} seeds; {args.num_samples:,} samples in 64 "
+                   "evaluations, mean +- standard deviation over the seeds."]
+
+
 RESULTS = {
     "likelihood": (likelihoods, "variational bound and exact log-likelihood of every dataset, target and loss, "
                                 "beside the entropy"),
+    "schedules":  (schedules, "covariance distance of every target on every schedule, the rings"),
     "nelbo":      (excess, "exact NELBO above the best possible over epochs, trained on it with log-SNR uniform"),
     "steps":      (steps, "how many function evaluations each sampler needs"),
     "steps-covariance": (over_evaluations("covariance_distance"),
@@ -189,4 +210,4 @@ RESULTS = {
                           "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
                           "grid t"),
 }
-TABLES = "likelihood", "steps"
+TABLES = "likelihood", "schedules", "steps"

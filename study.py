@@ -34,6 +34,7 @@ RECIPES = {
     "exact":      ([], ["nelbo"]),
     "plain":      ([], ["mse"]),
     "logsnr":     (["--t-density", "logsnr"], ["nelbo"]),
+    **{f"schedule-{name}": (["--schedule", name], ["mse"]) for name in ddpm.SCHEDULES},
 }
 DRAWS, ODE_STEPS = 100, 64     # of the bound and of the flow
 KEPT = "mean_distance", "covariance_distance", "sliced_wasserstein", "log_density"      # of samples, in runs.jsonl
@@ -87,12 +88,13 @@ class Study:
             raise SystemExit(f"no {part} of {name} in runs.jsonl - leave out --recorded to train what is missing")
         return self.records[name][part]
 
-    def trained(self, recipe, chosen=None, data=tuple(DATASETS)):
+    def trained(self, recipe, chosen=None, data=tuple(DATASETS), target=TARGETS, epochs=None):
         """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}."""
-        options, names = RECIPES[recipe]
-        root, args = Path(self.args.runs) / f"{recipe}-{self.args.epochs}-epochs", self.args
-        argv = ["--data", *data, "--target", *TARGETS, "--loss", *(chosen or names), *options,
-                "--seeds", str(args.seeds), "--epochs", str(args.epochs), "--out", str(root),
+        (options, names), args = RECIPES[recipe], self.args
+        epochs = epochs or args.epochs
+        root = Path(args.runs) / f"{recipe}-{epochs}-epochs"
+        argv = ["--data", *data, "--target", *target, "--loss", *(chosen or names), *options,
+                "--seeds", str(args.seeds), "--epochs", str(epochs), "--out", str(root),
                 "--device", args.device, "--resume"]
         configs = settings.configs(train.parse(argv))
         keys = [tuple(config[name] for name in settings.NAMES) for config in configs]
@@ -100,7 +102,7 @@ class Study:
             return {key: self.from_record(recipe, key, config) for key, config in zip(keys, configs)}
         folders = [root / settings.name(config) for config in configs]
         opened = [run.open(folder) for folder in folders if (folder / "ckpt.pt").exists()]
-        if len(opened) < len(folders) or any(len(one.history) != args.epochs for one in opened):
+        if len(opened) < len(folders) or any(len(one.history) != epochs for one in opened):
             train.main(argv)
             opened = [run.open(folder) for folder in folders]
         runs = dict(zip(keys, opened))

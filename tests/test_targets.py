@@ -106,7 +106,7 @@ def test_unknown_target_is_named_with_the_choices():
 
 
 def test_f_with_mse_on_edm_is_the_training_of_karras_et_al():
-    """Their Table 1 typed out, sigma_data = 1: D = c_skip z + c_out F(c_in z), loss lambda (D - x)^2 = (F - target)^2."""
+    """Their Table 1 typed out, sigma_data = 1: D = c_skip z + c_out F(c_in z), and the loss is lambda (D - x)^2."""
     data, g = 1.0, torch.Generator().manual_seed(2)
     schedule, t = SCHEDULES["edm"], T[:, 0]
     sigma = torch.exp(-1.2 + 1.2 * torch.special.ndtri(t))[:, None]
