@@ -40,6 +40,11 @@ def build_model(config, members=1):
     return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], **network)
 
 
+def dimension(config):
+    """D, the number of grey levels of an image."""
+    return math.prod(config["shape"])
+
+
 def weights(checkpoint):
     """The averaged weights (EMA): those that are tested and drawn with."""
     return checkpoint["ema"]

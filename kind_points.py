@@ -18,6 +18,7 @@ import torch
 
 import losses
 import metrics
+import own_points
 import run
 import samplers
 import stack
@@ -32,15 +33,40 @@ TESTED_T_MIN = 1e-3               # their range of t, unless training has a smal
 LIKELIHOOD = dict(num=10_000, batch_size=5000, draws=100, num_ode=None, probes=None)     # defaults; None is all, exact
 
 
+def dataset(config):
+    """Of a run: a 2D mixture with its exact density, or the points of a file, which have none."""
+    return own_points.OwnPoints(config["data"], config["points"]) if "points" in config else DATASETS[config["data"]]
+
+
+def facts(data):
+    """What the config of a run on this data has besides settings: the facts of a file of points."""
+    return {"points": own_points.facts(data)} if own_points.is_file_of_points(data) else {}
+
+
+def size(config):
+    """Number of points to train on."""
+    return len(load(config, "train")) if "points" in config else POINTS
+
+
+def dimension(config):
+    """D, 2 but for points of a file."""
+    return config["points"]["dim"] if "points" in config else 2
+
+
 def load(config, split="test"):
-    """The points of a run -> (POINTS, 2), on the CPU; the test split is the same for every seed, target and loss."""
+    """The points of a run -> (n, D), on the CPU; the test split is the same for every seed, target and loss.
+
+    n is POINTS, and for points of a file, which are standardised, what is in it.
+    """
+    if "points" in config:
+        return getattr(dataset(config), split)
     key = (config["seed"], "train") if split == "train" else ("test", config["data"])
     return DATASETS[config["data"]].sample(POINTS, run.generator("cpu", *key))
 
 
 def build_model(config, members=1):
     """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
-    return MLP(width=config["width"], schedule=SCHEDULES[config["schedule"]], members=members)
+    return MLP(dimension(config), config["width"], schedule=SCHEDULES[config["schedule"]], members=members)
 
 
 def weights(checkpoint):
@@ -49,13 +75,14 @@ def weights(checkpoint):
 
 
 def test_batch(config):
-    """The test points of a run, their t and noise fixed: z (n, 2), t (n,), y (n, 2), weights (n, 3), n = POINTS.
+    """The test points of a run, their t and noise fixed: z (n, D), t (n,), y (n, D), weights (n, 3), n = POINTS.
 
-    t is uniform, whatever density training has. The means of weights times squared error are the run's own test loss,
+    If there are fewer they are repeated. t is uniform, whatever density training has. The means of weights times squared error are the run's own test loss,
     on its own range of t, and then the exact losses TESTS on t_min = 1e-3: points outside of that range have weight 0
     there, and those inside a little more.
     """
     x, g = load(config), run.generator("cpu", "test noise")
+    x = x.repeat(-(-POINTS // len(x)), 1)[:POINTS]
     t, eps = losses.sample_t((POINTS,), config["t_min"], g), torch.randn(x.shape, generator=g)
     z, y, w = losses.regression(x, t, eps, **losses.objective(config))
     t_min = max(config["t_min"], TESTED_T_MIN)
@@ -85,9 +112,11 @@ def optimal_errors(data, target, schedule, t_min, stabiliser):
 
 
 def optimum(config, weights):
-    """The three losses of `test_batch` for the exact denoiser, the best there can be -> (3,)."""
+    """The three losses of `test_batch` for the exact denoiser, the best there can be; None of points of a file."""
+    if "points" in config:
+        return [None] * weights.shape[1]
     errors = optimal_errors(*(config[key] for key in ("data", "target", "schedule", "t_min", "stabiliser")))
-    return (weights * errors[:, None]).mean(0)
+    return (weights * errors[:, None]).mean(0).tolist()
 
 
 @torch.no_grad()
@@ -108,36 +137,50 @@ def in_chunks(model, members=1):
 
 
 def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, **how):
-    """Samples of a Run or Stack -> (M, num_samples, 2), on the CPU; all members get the same noise.
+    """Samples of a Run or Stack -> (M, num_samples, D), on the CPU; all members get the same noise.
 
     how: the sampler, grid and eta of `samplers.sample`, where they are not the default.
     """
     members = len(runs.members)
     model = in_chunks(runs.model(device), members)
-    samples = samplers.sample(model, (num_samples, 2), steps, target=[run.config["target"] for run in runs.members],
+    samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps, target=[run.config["target"] for run in runs.members],
                               schedule=runs.schedule, t_min=run.smallest_t(runs.config, t_min),
                               generator=run.generator(device, seed, "sample"),
                               stabiliser=runs.config["stabiliser"], **how)
     return samples.unflatten(0, (members, -1)).cpu()
 
 
+def floor(config, n):
+    """What the distances and the mean log-density (nats) of n perfect samples are: metrics.floor's dict, number."""
+    return floors(config["data"], n, json.dumps(config.get("points")))
+
+
 @functools.cache
-def floor(data, n):
-    """What the distances and the mean log-density of n perfect samples are: metrics.floor's dict, and nats."""
-    real = load(dict(data=data))
-    return (metrics.floor(DATASETS[data], n, len(real), generator=run.generator("cpu", "floor")),
-            metrics.log_density(DATASETS[data], real).item())
+def floors(data, n, points):
+    config = dict(data=data) | ({"points": json.loads(points)} if points != "null" else {})
+    source, real = dataset(config), load(config)
+    return (metrics.floor(source, n, len(real), generator=run.generator("cpu", "floor")),
+            None if points != "null" else metrics.log_density(source, real).item())
 
 
 def measure(config, samples):
-    """Distances of samples (n, 2) to 50,000 points of the data and their mean log-density, each beside the data's."""
+    """Distances of samples (n, D) to test points, and their mean log-density where the data have one, with the data's.
+
+    Points of a file are measured standardised.
+    """
     result, real = {}, load(config)
-    distances, log_density = floor(config["data"], len(samples))
+    distances, log_density = floor(config, len(samples))
     for distance in metrics.DISTANCES:
         name, (mean, std) = distance.__name__, distances[distance.__name__]
         result[name], result[f"{name}_floor"] = distance(samples, real).item(), {"mean": mean, "std": std}
-    return result | {"log_density": metrics.log_density(DATASETS[config["data"]], samples).item(),
-                     "log_density_data": log_density}
+    if log_density is not None:
+        result |= {"log_density": metrics.log_density(dataset(config), samples).item(), "log_density_data": log_density}
+    return result
+
+
+def in_units(config, x):
+    """Points as their dataset has them: those of a file are standardised for the network."""
+    return own_points.in_units_of_the_file(x, config["points"]) if "points" in config else x
 
 
 def describe(one, samples, **facts):
@@ -150,10 +193,13 @@ def describe(one, samples, **facts):
 
 
 def save(out, one, samples, **facts):
-    """Measure samples of a Run, write samples.npy and metrics.json, and return what is in the latter."""
+    """Measure samples of a Run, write samples.npy and metrics.json, and return what is in the latter.
+
+    Those of a network trained on a file are in its units.
+    """
     result = describe(one, samples, **facts)
     buffer = io.BytesIO()
-    np.save(buffer, samples.numpy())
+    np.save(buffer, in_units(one.config, samples).numpy())
     run.write(out / "samples.npy", buffer.getbuffer())
     run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
     return result
@@ -183,9 +229,11 @@ def sample(chosen, args, device):
                 print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
                                                                          **result[f"{key}_floor"]))
             print("mean log-density     {log_density:8.4f}   {log_density_data:.4f} nats of the data itself"
-                  .format(**result))
+                  .format(**result) if "log_density" in result else
+                  "mean log-density      unknown: distances are of standardised points, the floor is resampled")
             title = "{target}, {loss}, {steps} steps".format(**result)
-            plots.scatter({f"{config['data']}, data": load(config), title: x}, out / "samples.png")
+            plots.scatter({f"{config['data']}, data": in_units(config, load(config)), title: in_units(config, x)},
+                          out / "samples.png", limits=None if "points" in config else (-3, 3))
             print(f"wrote samples.npy, samples.png and metrics.json to {out}/")
         if done < len(chosen):
             left = (time.perf_counter() - start) / done * (len(chosen) - done)
@@ -199,5 +247,7 @@ def test_examples(config, num, device, data_dir=None):
 
 
 def surprise(config):
-    """-log p(x) of every test point under the data's own density, in nats: its mean is the entropy."""
+    """-log p(x) of every test point under the data's own density, in nats: its mean is the entropy; None if unknown."""
+    if "points" in config:
+        return None
     return -DATASETS[config["data"]].log_prob(load(config).double())

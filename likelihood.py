@@ -203,7 +203,7 @@ def mean_and_error(c):
 
 def report(one, terms, args, **facts):
     """Print the terms of a Run -> what is in likelihood.json."""
-    n, dimensions, config = len(terms["bound"]), math.prod(one.config.get("shape", [2])), one.config
+    n, dimensions, config = len(terms["bound"]), one.kind.dimension(one.config), one.config
     result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions,
                   steps=args.steps, uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance,
                   t_min=args.t_min, seed=args.seed, **facts)

@@ -40,15 +40,22 @@ def covariance_distance(x, y):
     return (covariance(x) - covariance(y)).norm()
 
 
-def sliced_wasserstein(x, y, directions=20):
-    """Sliced Wasserstein distance of order 2 of points x (n, 2) and y (m, 2), in data units: () (Bonneel et al. 2015).
+def directions(dim, like):
+    """Unit vectors (dim, n): 20 evenly spread over the half circle, of other dimensions 100 at random, the same ones."""
+    if dim == 2:
+        angle = torch.arange(20, device=like.device, dtype=like.dtype) / 20 * math.pi
+        return torch.stack([angle.cos(), angle.sin()])
+    u = torch.randn(dim, 100, generator=torch.Generator().manual_seed(0)).to(like)
+    return u / u.norm(dim=0)
 
-    The root of the mean, over `directions` evenly spread over the half circle, of the squared Wasserstein distance of
-    the projections: the mean squared difference of their quantiles, exact if m is a multiple of n or n of m. It sees
-    the whole shape.
+
+def sliced_wasserstein(x, y):
+    """Sliced Wasserstein distance of order 2 of points x (n, D) and y (m, D), in data units: () (Bonneel et al. 2015).
+
+    The root of the mean, over `directions`, of the squared Wasserstein distance of the projections: the mean squared
+    difference of their quantiles, exact if m is a multiple of n or n of m. It sees the whole shape.
     """
-    angle = torch.arange(directions, device=x.device, dtype=x.dtype) / directions * math.pi
-    u = torch.stack([angle.cos(), angle.sin()])                                             # (2, directions)
+    u = directions(x.shape[1], x)
     size = max(len(x), len(y))
     x, y = (p.T.contiguous().sort().values[:, torch.arange(size, device=p.device) * len(p) // size]
             for p in (x @ u, y @ u))

@@ -18,15 +18,20 @@ SAMPLER_COLOURS = ["black", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255
 COLOURS = {"x": "#0072B2", "eps": "#D55E00", "v": "#009E73", "s": "#CC79A7", "u": "#E69F00", "F": "#56B4E9"}
 
 
-def scatter(panels, path, points=5000):
-    """Points side by side on the same axes. panels: {title: (n, 2) tensor}, at most `points` of each are shown."""
+def scatter(panels, path, points=5000, limits=(-3, 3)):
+    """Points side by side on the same axes. panels: {title: (n, D) tensor}, at most `points` of each are shown.
+
+    The first two axes of them, or one against 0; limits of both axes, None for those of the points.
+    """
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.5), sharex=True, sharey=True, squeeze=False)
     for ax, (title, x) in zip(axes[0], panels.items()):
         x = x[:points].cpu().numpy()
-        ax.scatter(x[:, 0], x[:, 1], s=min(1, 5000 / len(x)), alpha=0.4, linewidths=0, color="#0072B2", rasterized=True)
+        y = x[:, 1] if x.shape[1] > 1 else 0 * x[:, 0]
+        ax.scatter(x[:, 0], y, s=max(min(1, 5000 / len(x)), 4000 / len(x)), alpha=0.4, linewidths=0, color="#0072B2",
+                   rasterized=True)
         ax.set_title(title, fontsize=10)
-        ax.set_aspect("equal")
-        ax.set(xlim=(-3, 3), ylim=(-3, 3))
+        if limits:
+            ax.set(xlim=limits, ylim=limits, aspect="equal")
     fig.tight_layout()
     save(fig, path)
 
@@ -57,7 +62,8 @@ def loss_curve(history, config, path):
     epochs, colour = [h["epoch"] for h in history], COLOURS.get(config["target"], "black")
     ax.plot(epochs, [h["train_loss"] for h in history], color=colour, alpha=0.4, label="train")
     ax.plot(epochs, [h["test_loss"] for h in history], color=colour, label="test")
-    ax.axhline(history[-1]["optimum"], color="black", linestyle="--", linewidth=1, label="best possible")
+    if history[-1]["optimum"] is not None:
+        ax.axhline(history[-1]["optimum"], color="black", linestyle="--", linewidth=1, label="best possible")
     ax.set(xlabel="epoch", ylabel=f"{config['loss']} of {config['target']}",
            title=f"{config['data']}, {config['target']}, {config['loss']}, seed {config['seed']}")
     ax.legend()

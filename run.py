@@ -197,7 +197,7 @@ def open(path):
         return Stack([open(one) for one in path])
     path, checkpoint = Path(path), load(path)
     tables = ({"target": TARGETS, "schedule": SCHEDULES}
-              | ({} if "shape" in checkpoint["config"] else {"data": DATASETS}))
+              | ({} if {"shape", "points"} & checkpoint["config"].keys() else {"data": DATASETS}))
     for key, table in tables.items():
         if checkpoint["config"][key] not in table:
             raise SystemExit(f"{path} was trained with --{key} {checkpoint['config'][key]}, "

@@ -18,6 +18,7 @@ import losses
 import unet
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
+from own_points import is_file_of_points
 
 ABSENT = object()          # in place of a default: this kind of data has no such setting
 NAMES = "data", "target", "loss", "seed"
@@ -124,8 +125,8 @@ def complete(args, kind, error):
 
 
 def kind_of_data(data):
-    """points for a 2D dataset, else images."""
-    return "points" if data in DATASETS else "images"
+    """points for a 2D dataset or a file of points, else images."""
+    return "points" if data in DATASETS or is_file_of_points(data) else "images"
 
 
 def kind(config):

@@ -2,6 +2,7 @@
 
     python train.py --target eps --loss mse                # the rings, 100 epochs, about a minute on a laptop
     python train.py --target x eps v s --loss mse nelbo --seeds 3     # all 24 combinations, as stacks
+    python train.py --data points.npy                      # your own points, (N, D); also a .csv
     python train.py --data cifar10 --target v --loss mse   # images; also the path of a folder of them
     python train.py --target eps --loss mse --resume       # goes on after a kill, ends in the same weights
 
@@ -19,6 +20,7 @@ import torch
 import images
 import kind_points
 import losses
+import own_points
 import run
 import settings
 import train_images
@@ -31,11 +33,12 @@ LOOPS = {"points": train_points.train, "images": train_images.train}
 
 
 def data_name(text):
-    """An argparse type: a 2D dataset, a dataset of images or a folder of images."""
-    if text in DATASETS or text in images.IMAGES or Path(text).is_dir():
+    """An argparse type: a 2D dataset, a file of points, a dataset of images or a folder of images."""
+    if (text in DATASETS or text in images.IMAGES or Path(text).is_dir()
+            or own_points.is_file_of_points(text) and Path(text).is_file()):
         return text
     raise argparse.ArgumentTypeError(f"unknown data {text!r}: choose from {', '.join([*DATASETS, *images.IMAGES])}, "
-                                     "or give the path of a folder of images")
+                                     "or give the path of a file of points (.npy, .csv) or of a folder of images")
 
 
 def parse(argv):
@@ -44,7 +47,7 @@ def parse(argv):
                                      usage="python train.py [options], see --help")
     group = parser.add_argument_group("what to train (several values: all combinations)")
     group.add_argument("--data", nargs="+", type=data_name, default=["rings"],
-                       help=f"2D: {', '.join(DATASETS)}; "
+                       help=f"2D: {', '.join(DATASETS)}; a .npy or .csv of points, one a row; "
                             f"images: {', '.join(images.IMAGES)} or a folder of them (rings)")
     group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
     group.add_argument("--loss", nargs="+", choices=losses.LOSSES, default=["mse"],

@@ -42,13 +42,21 @@ def build_step(model, optimizer, members):
     return step
 
 
-def ready_step(model, optimizer, members, batch_size):
+def ready_step(model, optimizer, members, batch_size, dim=2):
     """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do."""
     step, device = build_step(model, optimizer, members), next(model.parameters()).device
     if device.type != "cuda":
         return step
-    z, t = torch.zeros(members * batch_size, 2, device=device), torch.full((members * batch_size,), 0.5, device=device)
+    z, t = torch.zeros(members * batch_size, dim, device=device), torch.full((members * batch_size,), 0.5, device=device)
     return stack.captured(step, model, optimizer, (z, t, z, t))
+
+
+def epoch_steps(config):
+    """Steps of an epoch: the last, smaller batch is left out. SystemExit if there is none."""
+    n = kind_points.size(config)
+    if n < config["batch_size"]:
+        raise SystemExit(f"{config['data']} has {n} points to train on, less than a batch - lower --batch-size")
+    return n // config["batch_size"]
 
 
 def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
@@ -107,7 +115,7 @@ def train_stack(runs, device, on_step, on_epoch):
     points = {key: kind_points.load(config, "train").to(device) for key, config in points.items()}
     data = [points[config["data"], config["seed"]] for config in configs]
     tests = [kind_points.test_batch(config) for config in configs]
-    optima = [kind_points.optimum(config, test[3]).tolist() for config, test in zip(configs, tests)]
+    optima = [kind_points.optimum(config, test[3]) for config, test in zip(configs, tests)]
     *inputs, weights = zip(*tests)
     inputs = [stack.interleave(c, 625).to(device) for c in inputs]         # small batches: activations fit in the cache
     weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
@@ -122,9 +130,9 @@ def train_stack(runs, device, on_step, on_epoch):
     if states[0]:
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
                                    "param_groups": optimizer.state_dict()["param_groups"]})
-    step = ready_step(model, optimizer, members, shared["batch_size"])
+    step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared))
 
-    steps, saved_at, saving = kind_points.POINTS // shared["batch_size"], -math.inf, 0.0
+    steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
     for epoch in range(len(histories[0]), shared["epochs"]):
         start = time.perf_counter()
         train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
@@ -165,30 +173,34 @@ def train_stack(runs, device, on_step, on_epoch):
 def train(args, device):
     """Train all runs that the arguments of train.py ask for, as stacks."""
     import plots  # here: a stack trains without matplotlib
-    runs = run.begin(settings.configs(args), args.out, args.resume, args.overwrite)
+    configs = [config | kind_points.facts(config["data"]) for config in settings.configs(args)]
+    steps = {config["data"]: epoch_steps(config) for config in configs}
+    runs = run.begin(configs, args.out, args.resume, args.overwrite)
     finished = lambda run: len(run[2]["history"]) if run[2] else 0
-    unfinished = sorted((run for run in runs if finished(run) < args.epochs), key=finished)
+    together = lambda run: (finished(run), repr(settings.alike(run[1])))
+    unfinished = sorted((run for run in runs if finished(run) < args.epochs), key=together)
     size = args.stack or stack.size(device)
-    stacks = [group[i:i + size] for group in (list(group) for _, group in itertools.groupby(unfinished, key=finished))
+    stacks = [group[i:i + size] for group in (list(group) for _, group in itertools.groupby(unfinished, key=together))
               for i in range(0, len(group), size)]
     if len(unfinished) < len(runs):
         print(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished already")
 
-    steps, terminal, start = kind_points.POINTS // args.batch_size, sys.stderr.isatty(), time.perf_counter()
-    before = sum(finished(run) for run in runs) * steps
+    terminal, start = sys.stderr.isatty(), time.perf_counter()
+    before = sum(finished(run) * steps[run[1]["data"]] for run in runs)
     done, failures = before, []
-    with tqdm(total=len(runs) * args.epochs * steps, initial=before, unit="step", disable=not terminal,
+    with tqdm(total=args.epochs * sum(steps[config["data"]] for config in configs), initial=before, unit="step", disable=not terminal,
               smoothing=0) as bar:
         say = bar.write if terminal else functools.partial(print, flush=True)
         for number, group in enumerate(stacks, 1):
+            of_epoch = steps[group[0][1]["data"]]
             say(f"{group[0][0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-                + f": {args.schedule} schedule, {args.epochs} epochs of {steps} steps on {device}"
+                + f": {args.schedule} schedule, {args.epochs} epochs of {of_epoch} steps on {device}"
                 + (f", after epoch {finished(group[0])}" if finished(group[0]) else "")
                 + (f"; stack {number} of {len(stacks)}" if len(stacks) > 1 else ""))
 
             def on_epoch(epoch, train_loss, test_loss):
                 nonlocal done
-                done += steps * len(group)                                                      # noqa: B023
+                done += of_epoch * len(group)                                                   # noqa: B023
                 line = f"epoch {epoch:3d}" + (f"  train {train_loss:.4f}  test {test_loss:.4f}"
                                               if len(group) == 1 else "")                       # noqa: B023
                 spent = time.perf_counter() - start
@@ -206,8 +218,9 @@ def train(args, device):
         last = (history := run.load(folder)["history"])[-1]
         if not (folder / "loss.png").exists():
             plots.loss_curve(history, config, folder / "loss.png")
-        print(f"{folder}: test loss {last['test_loss']:.4f} (best possible {last['optimum']:.4f}), "
-              f"NELBO {last['test_nelbo']:.3f} ({last['optimum_nelbo']:.3f}) nats per dimension, "
-              f"{last['seconds']:.0f} s")
+        best = ("best possible unknown", "unknown") if last["optimum"] is None else (
+            f"best possible {last['optimum']:.4f}", f"{last['optimum_nelbo']:.3f}")
+        print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), "
+              f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
     print("next: " + run.command("sample.py", "--ckpt", *(str(folder) for folder, _, _ in runs[:3]),
                                  *["..."] * (len(runs) > 3), "--steps 512"))
