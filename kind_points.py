@@ -77,9 +77,9 @@ def weights(checkpoint):
 def test_batch(config):
     """The test points of a run, their t and noise fixed: z (n, D), t (n,), y (n, D), weights (n, 3), n = POINTS.
 
-    If there are fewer they are repeated. t is uniform, whatever density training has. The means of weights times squared error are the run's own test loss,
-    on its own range of t, and then the exact losses TESTS on t_min = 1e-3: points outside of that range have weight 0
-    there, and those inside a little more.
+    If there are fewer they are repeated. t is uniform, whatever density training has. The means of weights times
+    squared error are the run's own test loss, on its own range of t, and then the exact losses TESTS on t_min = 1e-3:
+    points outside of that range have weight 0 there, and those inside a little more.
     """
     x, g = load(config), run.generator("cpu", "test noise")
     x = x.repeat(-(-POINTS // len(x)), 1)[:POINTS]
@@ -143,8 +143,8 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, **ho
     """
     members = len(runs.members)
     model = in_chunks(runs.model(device), members)
-    samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps, target=[run.config["target"] for run in runs.members],
-                              schedule=runs.schedule, t_min=run.smallest_t(runs.config, t_min),
+    samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps,
+                              target=[run.config["target"] for run in runs.members], schedule=runs.schedule, t_min=run.smallest_t(runs.config, t_min),
                               generator=run.generator(device, seed, "sample"),
                               stabiliser=runs.config["stabiliser"], **how)
     return samples.unflatten(0, (members, -1)).cpu()

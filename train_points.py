@@ -47,7 +47,8 @@ def ready_step(model, optimizer, members, batch_size, dim=2):
     step, device = build_step(model, optimizer, members), next(model.parameters()).device
     if device.type != "cuda":
         return step
-    z, t = torch.zeros(members * batch_size, dim, device=device), torch.full((members * batch_size,), 0.5, device=device)
+    rows = members * batch_size
+    z, t = torch.zeros(rows, dim, device=device), torch.full((rows,), 0.5, device=device)
     return stack.captured(step, model, optimizer, (z, t, z, t))
 
 
@@ -188,8 +189,8 @@ def train(args, device):
     terminal, start = sys.stderr.isatty(), time.perf_counter()
     before = sum(finished(run) * steps[run[1]["data"]] for run in runs)
     done, failures = before, []
-    with tqdm(total=args.epochs * sum(steps[config["data"]] for config in configs), initial=before, unit="step", disable=not terminal,
-              smoothing=0) as bar:
+    with tqdm(total=args.epochs * sum(steps[config["data"]] for config in configs), initial=before, unit="step",
+              disable=not terminal, smoothing=0) as bar:
         say = bar.write if terminal else functools.partial(print, flush=True)
         for number, group in enumerate(stacks, 1):
             of_epoch = steps[group[0][1]["data"]]

@@ -33,7 +33,8 @@ def test_npy_and_csv_with_and_without_a_header_are_the_same_points(tmp_path):
     np.savetxt(tmp_path / "c.CSV", POINTS, delimiter=",", fmt="%.17g", encoding="utf-8-sig")
     np.savetxt(tmp_path / "d.csv", POINTS[:, :1], fmt="%.17g")
     assert (own_points.read(tmp_path / "a.npy") == POINTS.astype(np.float32)).all()
-    assert (own_points.read(tmp_path / "b.csv") == POINTS).all() and (own_points.read(tmp_path / "c.CSV") == POINTS).all()
+    for name in "b.csv", "c.CSV":
+        assert (own_points.read(tmp_path / name) == POINTS).all()
     assert (own_points.read(tmp_path / "d.csv") == POINTS[:, :1]).all()
 
 
@@ -41,7 +42,7 @@ def test_npy_and_csv_with_and_without_a_header_are_the_same_points(tmp_path):
     (np.zeros(30), "has the shape"), (np.zeros((30, 2, 2)), "has the shape"), (np.zeros((30, 0)), "has the shape"),
     (POINTS[:19], "has 19 points - give at least 20"), (np.array([["a"] * 2] * 30), "cannot read"),
     (np.array([[{}] * 2] * 30), "cannot read"), (POINTS + 1j, "cannot read"),
-    (np.where(np.arange(1800).reshape(600, 3) == 7, np.nan, POINTS), "1 points that are not finite, the first in row 3"),
+    (np.where(np.arange(1800).reshape(600, 3) == 7, np.nan, POINTS), "1 points that are not finite, .* in row 3"),
     (POINTS * [1, 0, 1], "same number in all rows of column 2")])
 def test_bad_arrays_end_in_a_sentence(tmp_path, content, says):
     np.save(tmp_path / "bad.npy", content)
