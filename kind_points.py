@@ -144,7 +144,8 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, **ho
     members = len(runs.members)
     model = in_chunks(runs.model(device), members)
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps,
-                              target=[run.config["target"] for run in runs.members], schedule=runs.schedule, t_min=run.smallest_t(runs.config, t_min),
+                              target=[run.config["target"] for run in runs.members], schedule=runs.schedule,
+                              t_min=run.smallest_t(runs.config, t_min),
                               generator=run.generator(device, seed, "sample"),
                               stabiliser=runs.config["stabiliser"], **how)
     return samples.unflatten(0, (members, -1)).cpu()

@@ -41,7 +41,7 @@ def covariance_distance(x, y):
 
 
 def directions(dim, like):
-    """Unit vectors (dim, n), 20 evenly spread over the half circle; of other dimensions 100 at random, always the same."""
+    """Unit vectors (dim, n), 20 evenly spread over the half circle; of other dimensions 100 random ones."""
     if dim == 2:
         angle = torch.arange(20, device=like.device, dtype=like.dtype) / 20 * math.pi
         return torch.stack([angle.cos(), angle.sin()])
