@@ -133,7 +133,7 @@ def ve_dlogsnr(t):
 
 # Rectified flow, flow matching: alpha = 1 - t, sigma = t (VDM 4.38 - 4.49; Lipman et al. 2023).
 def flow_logsnr(t):
-    return 2 * (torch.log1p(-t) - t.log())
+    return 2 * ((1 - t) / t).log()
 
 
 def flow_dlogsnr(t):

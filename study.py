@@ -181,7 +181,7 @@ class Study:
         """metrics.json of samples from a record, which has no floor: that is the dataset's."""
         if how not in samples:
             raise SystemExit(f"no samples '{how}' in runs.jsonl - leave out --recorded to draw what is missing")
-        floors, log_density = kind_points.floor(data, self.args.num_samples)
+        floors, log_density = kind_points.floor(dict(data=data), self.args.num_samples)
         return (dict(zip(KEPT, samples[how]))
                 | {f"{name}_floor": {"mean": mean, "std": std} for name, (mean, std) in floors.items()}
                 | {"log_density_data": log_density, "folder": Missing()})

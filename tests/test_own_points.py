@@ -51,6 +51,21 @@ def test_bad_arrays_end_in_a_sentence(tmp_path, content, says):
     assert not (tmp_path / "runs").exists()
 
 
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+def test_nothing_in_an_array_is_run(tmp_path):
+    np.save(tmp_path / "bad.npy", np.array([[Evil(tmp_path / "was_run")] * 2] * 30), allow_pickle=True)
+    with pytest.raises(SystemExit, match="cannot read"):
+        own_points.read(tmp_path / "bad.npy")
+    assert not (tmp_path / "was_run").exists()
+
+
 @pytest.mark.parametrize("text, says", [("", "cannot read|has the shape|has 0"), ("a,b\n1,2\n", "has 1 points"),
                                         ("1,2\n3\n" * 30, "cannot read"), ("1,2\nx,y\n" * 30, "cannot read")])
 @pytest.mark.filterwarnings("ignore:loadtxt")

@@ -40,7 +40,7 @@ FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "
 def study(tmp_path_factory):
     """`all` with two seeds, two epochs of a narrow network on 5,000 points, 2 and 16 steps -> (folder, drawn, call)."""
     folder, drawn, patch = tmp_path_factory.mktemp("study"), {}, pytest.MonkeyPatch()
-    caches = kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floor, study_file.nelbo_points
+    caches = kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors, study_file.nelbo_points
     clear = lambda: [cache.cache_clear() for cache in caches]        # they hold datasets of another size
     clear()
     patch.setattr(kind_points, "POINTS", 5000)
@@ -531,7 +531,7 @@ def test_nothing_lies_below_the_optimum_by_more_than_its_monte_carlo_error(targe
         error = excess.std(0) / len(t)**0.5
         cost = (push.square().mean(1)[:, None] * weights).mean(0)    # the exact denoiser's errors are orthogonal to it
         assert (excess.mean(0) > -3 * error).all() and ((excess.mean(0) - cost).abs() < 4 * error).all()
-    assert_close(kind_points.optimum(config, weights), (best[:, None] * weights).mean(0))
+    assert_close(torch.tensor(kind_points.optimum(config, weights)), (best[:, None] * weights).mean(0))
 
 
 def test_quick_and_other_settings_do_not_touch_the_results(monkeypatch):

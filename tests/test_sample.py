@@ -179,7 +179,7 @@ def test_defaults_and_what_the_image_shows(trained, tmp_path, monkeypatch):
     args = sample.parse([])
     assert (args.ckpt, args.steps, args.num_samples, args.seed, args.out) == (None, 512, None, 0, None)
     shown = {}
-    monkeypatch.setattr(plots, "scatter", lambda panels, path: shown.update(panels))
+    monkeypatch.setattr(plots, "scatter", lambda panels, path, limits: shown.update(panels))
     draw(trained, "--steps", "2", "--num-samples", "50", "--out", str(tmp_path))
     assert torch.equal(shown["clusters, data"], kind_points.load(dict(data="clusters")))
     assert np.array_equal(shown["v, mse, 2 steps"].numpy(), np.load(tmp_path / "samples.npy"))
