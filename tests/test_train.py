@@ -94,10 +94,10 @@ def test_draws_are_the_same_for_every_target_and_loss_and_differ_between_seeds(t
 
 def test_same_initial_weights_for_every_target(tmp_path):
     for target, seed in ("eps", "0"), ("v", "0"), ("eps", "1"):
-        fit(tmp_path, "--target", target, "--lr", "0", "--seed", seed)
+        fit(tmp_path, "--target", target, "--lr", "1e-12", "--seed", seed)
     first, second, other = (weights(tmp_path / f"clusters-{name}") for name in ("eps-mse-s0", "v-mse-s0", "eps-mse-s1"))
-    assert_same(first, second)
-    assert not torch.equal(first["weights.3"], other["weights.3"])
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-9)
+    assert not torch.allclose(first["weights.3"], other["weights.3"], atol=1e-3)
 
 
 HARD = ["--target", "s", "--loss", "nelbo", "--schedule", "ve", "--t-min", "0.05", "--stabiliser", "0.02"]
@@ -448,7 +448,7 @@ def test_with_log_snr_uniform_a_step_goes_down_the_gradient_of_the_loss_times_th
 
 def test_the_loss_over_t_is_that_of_t_uniform_whatever_the_density_in_training(drawn):
     """At a rate of 0, so that it is one network: each bin within 4.5 of its standard errors, and those are small."""
-    config, = settings.configs(train.parse([*FAST, "--target", "v", "--t-density", "logsnr", "--lr", "0"]))
+    config, = settings.configs(train.parse([*FAST, "--target", "v", "--t-density", "logsnr", "--lr", "1e-12"]))
     torch.manual_seed(0)
     model, data = kind_points.build_model(config), kind_points.load(config, "train")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
