@@ -185,11 +185,11 @@ def save_png(x, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default="cifar10",
                         help=f"{', '.join(IMAGES)} or a folder of images (cifar10)")
     parser.add_argument("--data-dir", default="data", help="where the named datasets are or go (data)")
-    parser.add_argument("--image-size", type=settings.number(int, 1), help="cut to squares and resize (as they are)")
+    parser.add_argument("--image-size", type=settings.number(int, 1, 4096), help="cut to squares and resize (no)")
     parser.add_argument("--skip-corrupt", action=argparse.BooleanOptionalAction, default=False,
                         help="leave out images that cannot be read (no)")
     args = parser.parse_args(argv)

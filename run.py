@@ -184,6 +184,16 @@ def chosen(paths, out):
     return places
 
 
+def of_images(args, options, config):
+    """Give the options of images alone, {name: default}, their defaults; SystemExit if one is given for points."""
+    for name, default in options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif settings.kind(config) == "points":
+            raise SystemExit(f"--{name.replace('_', '-')} is an option of images, and this run is on points - "
+                             "leave it out")
+
+
 def smallest_t(config, t_min=None):
     """The end of sampling: what was asked for, else that of training, but at least 0.001."""
     return t_min or max(config["t_min"], 1e-3)

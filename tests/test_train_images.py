@@ -466,7 +466,7 @@ def test_mistakes_in_sampling_are_one_sentence(trained, tmp_path):
         points = tmp_path / "rings-eps-mse-s0"
         train.main(["--epochs", "1", "--batch-size", "25000", "--out", str(tmp_path), "--device", "cpu"])
         sample.main(["--ckpt", str(trained), str(points)])
-    with pytest.raises(SystemExit, match="FID is for images"):
+    with pytest.raises(SystemExit, match="--fid is an option of images, and this run is on points"):
         sample.main(["--ckpt", str(points), "--fid"])
 
 
