@@ -274,11 +274,11 @@ class Output:
 
 def script(main, stopped):
     """Run a script's main(); after Ctrl-C say what became of the work, exit code 130."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"\nstopped - {stopped}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        sys.stdout.flush()
+    with (contextlib.redirect_stdout(Output(sys.stdout)) as out, contextlib.redirect_stderr(Output(sys.stderr))):
+        try:
+            main()
+        except KeyboardInterrupt:
+            print(f"\nstopped - {stopped}", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            out.flush()
