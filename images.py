@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import glob
 import io
+import os
 import socket
 import sys
 import warnings
@@ -55,7 +56,7 @@ def flip(x, generator):
 
 def find(folder):
     """Paths of all images under a folder, sorted; follows links, leaves out names that begin with a dot."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise SystemExit(f"no folder of images at {folder} - give the path of one, or one of {', '.join(IMAGES)}")
     names = sorted(name for name in glob.glob("**", root_dir=folder, recursive=True) if name.lower().endswith(ENDINGS))
     if not names:

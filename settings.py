@@ -175,7 +175,8 @@ def fault(config):
         kinds, _, right = EXTRAS.get(key, ("", False, None))
         if of not in kinds and rows.get(key) not in identity(of):
             return f"was trained with the setting {key[:40]!r}, which this code does not have for {of} - {cure}"
-        if not (right(value) if right else allows(rows[key], value, getattr(rows[key], of))):
+        default = ABSENT if key in EXTRAS else getattr(rows[key], of)
+        if not (right(value) if right else allows(rows[key], value, default)):
             return f"was trained with --{key.replace('_', '-')} {value!s:.40}, which this code does not have - {cure}"
     if of == "points" and config["data"] not in DATASETS:
         return f"was trained with --data {config['data']:.40}, which this code does not have - {cure}"
