@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import glob
 import io
+import os
 import socket
 import sys
 import warnings
@@ -55,7 +56,7 @@ def flip(x, generator):
 
 def find(folder):
     """Paths of all images under a folder, sorted; follows links, leaves out names that begin with a dot."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise SystemExit(f"no folder of images at {folder} - give the path of one, or one of {', '.join(IMAGES)}")
     names = sorted(name for name in glob.glob("**", root_dir=folder, recursive=True) if name.lower().endswith(ENDINGS))
     if not names:
@@ -185,11 +186,11 @@ def save_png(x, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default="cifar10",
                         help=f"{', '.join(IMAGES)} or a folder of images (cifar10)")
     parser.add_argument("--data-dir", default="data", help="where the named datasets are or go (data)")
-    parser.add_argument("--image-size", type=settings.number(int, 1), help="cut to squares and resize (as they are)")
+    parser.add_argument("--image-size", type=settings.number(int, 1, 4096), help="cut to squares and resize (no)")
     parser.add_argument("--skip-corrupt", action=argparse.BooleanOptionalAction, default=False,
                         help="leave out images that cannot be read (no)")
     args = parser.parse_args(argv)

@@ -209,9 +209,6 @@ def save(out, one, samples, **facts):
 def sample(chosen, args, device):
     """Draw samples of chosen runs, [(Run, folder for the results)], in stacks, measure, print, write and show them."""
     import plots  # here: a run opens without matplotlib
-    if args.fid:
-        raise SystemExit("FID is for images, and this run is on 2D points, which are measured without it - "
-                         "leave out --fid")
     n, start, done, places = (args.num_samples or 10_000, time.perf_counter(), 0,
                               {id(one): out for one, out in chosen})
     for group in run.stacks([one for one, _ in chosen], device):

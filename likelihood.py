@@ -234,8 +234,8 @@ def report(one, terms, args, **facts):
 
 def parse(argv):
     """The arguments. Exit code 2 if they are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python likelihood.py [options], see --help")
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="python likelihood.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--num", type=settings.number(int, 2, 10**9), help="test examples (points: 10000, images: 500)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49), default=1e-3,
@@ -243,7 +243,7 @@ def parse(argv):
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of t and noise (0)")
     parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9),
                         help="examples at once (points: 5000, images: 50)")
-    parser.add_argument("--data-dir", default="data", help="where the named datasets are, or are downloaded to (data)")
+    parser.add_argument("--data-dir", type=settings.folder, help="where named datasets of images are or go (data)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("bound")
     group.add_argument("--draws", type=settings.number(int, 2, 10**6),
@@ -254,12 +254,11 @@ def parse(argv):
     group = parser.add_argument_group("probability flow ODE")
     group.add_argument("--num-ode", type=settings.number(int, 0, 10**9),
                        help="examples, 0 is none (points: all, images: 16)")
-    group.add_argument("--ode-steps", type=settings.number(int, 1, 10**6), default=64,
-                       help="of 4 evaluations each (64)")
+    group.add_argument("--ode-steps", type=settings.number(int, 1, 10**6), default=64, help="of 4 evaluations (64)")
     group.add_argument("--tolerance", type=settings.number(float, 1e-12, 1), help="adaptive steps instead")
     group.add_argument("--probes", type=settings.number(int, 1, 10**6),
                        help="of Hutchinson's divergence (points: exact, images: 1)")
-    parser.add_argument("--out",
+    parser.add_argument("--out", type=settings.folder,
                         help="folder for the result (the run's folder), with one in it for each of several runs")
     args = parser.parse_args(argv)
     if args.num_ode == 1:
@@ -270,6 +269,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     device, chosen = run.device(args.device), run.chosen(args.ckpt, args.out)
+    run.of_images(args, dict(data_dir="data"), chosen[0][0].config)
     for key, value in chosen[0][0].kind.LIKELIHOOD.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     for one, out in chosen:

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import run
+import settings
 
 
 def mean_distance(x, y):
@@ -199,8 +200,8 @@ def fid(x, y):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python metrics.py [A B] [options], see --help")
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="python metrics.py [A B] [options], see --help")
     parser.add_argument("paths", nargs="*", metavar="A B",
                         help="two sets of images: folders, or .npz of their statistics")
     parser.add_argument("--inception-weights", metavar="PATH",

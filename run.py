@@ -13,23 +13,22 @@ of the user ends in SystemExit with one sentence: exit code 1, no traceback.
 import contextlib
 import hashlib
 import importlib
-import io
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 from torch import distributed
 
+import checkpoints
 import samplers
 import settings
 import stack
-from datasets2d import DATASETS
+from checkpoints import FORMAT, load, save, write  # noqa: F401 - run.load, run.save
 from ddpm import SCHEDULES
-from targets import TARGETS
 
-FORMAT = "diffusion-losses 2"        # written into every checkpoint
 KINDS = {"points": "kind_points", "images": "kind_images"}     # files with the same verbs: load, draw, measure, ...
 
 
@@ -56,47 +55,6 @@ def device_name(device):
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {threads} thread{'s' * (threads > 1)}"
 
 
-def write(path, data):
-    """Write bytes to path, whole or not at all; makes the folder. SystemExit if the disk is full or read-only."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
-        raise SystemExit(f"cannot write {path}: {error.strerror} - what was there before is kept; make room or choose "
-                         "another folder with --out") from None
-
-
-def save(path, checkpoint):
-    """Write a checkpoint, a dict of tensors and plain values."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)
-    write(path, buffer.getbuffer())
-
-
-def load(path):
-    """Read a checkpoint of this project (a file, or the folder of a run) to the CPU; no code in it is ever run."""
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.exists():
-        raise SystemExit(f"no checkpoint at {path} - train one first: python train.py --target eps --loss mse")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                  # torch raises many kinds for a damaged or foreign file
-        raise SystemExit(f"cannot read {path}: it is damaged or not a checkpoint of this project, "
-                         "nothing in it was run - train again with --overwrite or choose another") from None
-    keys = {"config", "model", "optimizer", "history"}
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or not keys <= checkpoint.keys():
-        raise SystemExit(f"{path} is not a checkpoint of this project - make one with: python train.py")
-    return checkpoint
-
-
 def processes(device=torch.device("cpu")):             # noqa: B008
     """Rank and number of the processes that torchrun started, else 0 and 1; the first call joins them, for a device."""
     if "WORLD_SIZE" not in os.environ:
@@ -111,18 +69,19 @@ def enough_memory(advice):
     """Turn torch's out-of-memory errors, of a GPU or of the CPU, into a SystemExit of one sentence."""
     try:
         yield
-    except RuntimeError as error:          # torch.OutOfMemoryError is one
-        if "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:           # those of a CPU and of MPS have no class of their own
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+                words in str(error) for words in ("DefaultCPUAllocator: can't allocate memory", "out of memory"))):
             raise
         raise SystemExit(f"not enough memory - try {advice}") from None
 
 
 def newest(root="runs"):
     """The folder of the run in `root` whose checkpoint was written last."""
-    checkpoints = sorted(Path(root).glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
+    found = sorted(filter(os.path.isfile, Path(root).glob("*/ckpt.pt")), key=lambda path: path.stat().st_mtime)
+    if not found:
         raise SystemExit(f"no checkpoint under {root}/ - train one first: python train.py --target eps --loss mse")
-    return checkpoints[-1].parent
+    return found[-1].parent
 
 
 def kind_module(kind):
@@ -158,7 +117,8 @@ class Run:
     def model(self, device="cpu"):
         """The trained network, model(z, t) -> prediction of `target`, to evaluate; of images with averaged weights."""
         model = self.kind.build_model(self.config, len(self.members))
-        model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
+        with checkpoints.fitting(self.folder):
+            model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
         return model.to(device).requires_grad_(False)
 
     def denoiser(self, device="cpu", **options):
@@ -195,6 +155,7 @@ def open(path):
     """
     if not isinstance(path, (str, Path)):
         return Stack([open(one) for one in path])
+<<<<<<< HEAD
     path, checkpoint = Path(path), load(path)
     tables = ({"target": TARGETS, "schedule": SCHEDULES}
               | ({} if {"shape", "points"} & checkpoint["config"].keys() else {"data": DATASETS}))
@@ -203,6 +164,10 @@ def open(path):
             raise SystemExit(f"{path} was trained with --{key} {checkpoint['config'][key]}, "
                              "which this code does not have - put its row back, or give another --ckpt")
     return Run(path if path.is_dir() else path.parent, checkpoint)
+=======
+    path = Path(path)
+    return Run(path if os.path.isdir(path) else path.parent, load(path))
+>>>>>>> w-robust
 
 
 def stacks(runs, device):
@@ -224,7 +189,20 @@ def chosen(paths, out):
     if out and len({run.folder.name for run in runs}) < len(runs):
         raise SystemExit("two of these runs have one name and would share a folder in --out - "
                          "leave it out, or take them apart")
-    return [(run, Path(out) / (run.folder.name if len(runs) > 1 else "") if out else run.folder) for run in runs]
+    places = [(run, Path(out) / (run.folder.name if len(runs) > 1 else "") if out else run.folder) for run in runs]
+    for _, folder in places:
+        checkpoints.check_writable(folder)                 # before hours of work, not after
+    return places
+
+
+def of_images(args, options, config):
+    """Give the options of images alone, {name: default}, their defaults; SystemExit if one is given for points."""
+    for name, default in options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif settings.kind(config) == "points":
+            raise SystemExit(f"--{name.replace('_', '-')} is an option of images, and this run is on points - "
+                             "leave it out")
 
 
 def smallest_t(config, t_min=None):
@@ -234,14 +212,17 @@ def smallest_t(config, t_min=None):
 
 def existing(folder, config, resume, overwrite):
     """The checkpoint in a run's folder, or None. No run is silently overwritten, or resumed with other settings."""
-    if not (folder / "ckpt.pt").exists() or overwrite:
+    if overwrite or not os.path.lexists(folder / "ckpt.pt"):
         return None
     state = load(folder)
-    if settings.completed(state["config"]) != config:
-        changed = [f"--{k.replace('_', '-')} {v}" for k, v in settings.completed(state["config"]).items()
-                   if config.get(k) != v]
-        raise SystemExit(f"{folder} holds a run with other settings ({' '.join(changed)}) - keep both by giving "
-                         "this one another folder of runs, or start it again with train.py --overwrite")
+    before = settings.completed(state["config"])
+    changed = [key for key in before if config.get(key) != before[key]]
+    if before != config:
+        why = [row.why for row in settings.SETTINGS if changed == [row.name] and row.why]
+        raise SystemExit(f"{folder} holds a run with other settings "
+                         f"({' '.join(f'--{key} {before[key]}'.replace('_', '-') for key in changed)})"
+                         f"{': ' * bool(why)}{''.join(why)} - keep both by giving this one another folder of runs, "
+                         "--out NAME, or start it again with train.py --overwrite")
     if not resume:
         raise SystemExit(f"{folder} holds this run already - "
                          "add --resume to go on with it or --overwrite to start again")
@@ -258,10 +239,16 @@ def check(configs, out, resume=False, overwrite=False):
 
 
 def begin(configs, out, resume=False, overwrite=False):
-    """`check`, and then write the runs' config.json and delete what is overwritten."""
-    runs = check(configs, out, resume, overwrite)
-    for folder, config, _ in runs:     # written before anything goes: a full disk stops here
+    """`check`, lock, and then write the runs' config.json and delete what is overwritten."""
+    for folder, *_ in check(configs, out, resume, overwrite):
+        checkpoints.lock(folder)
+    runs = check(configs, out, resume, overwrite)          # again, as it is now that no other process changes it
+    for folder, config, state in runs:     # written before anything goes: a full disk stops here
         write(folder / "config.json", json.dumps(config, indent=2).encode())
+        log, lines = folder / "metrics.jsonl", checkpoints.lines(state["history"]) if state else b""
+        if state and not (os.path.isfile(log) and log.read_bytes() == lines):
+            write(log, lines)
+            print(f"{folder}: metrics.jsonl was missing or another, and is made again from the checkpoint")
         if overwrite:
             for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "metrics.json",
                          *folder.glob("samples*.png")]:
@@ -271,13 +258,38 @@ def begin(configs, out, resume=False, overwrite=False):
 
 def command(script, *words):
     """A command of this project as it can be typed in the current folder."""
-    return " ".join(["python", os.path.relpath(Path(__file__).with_name(script)), *words])
+    return shlex.join(["python", os.path.relpath(Path(__file__).with_name(script)), *map(str, words)])
+
+
+class Output:
+    """A stream whose reader may leave, as `head` does: the rest is not shown, and the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, method, *arguments):
+        try:
+            return method(*arguments)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def script(main, stopped):
     """Run a script's main(); after Ctrl-C say what became of the work, exit code 130."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"\nstopped - {stopped}", file=sys.stderr)
-        sys.exit(130)
+    with (contextlib.redirect_stdout(Output(sys.stdout)) as out, contextlib.redirect_stderr(Output(sys.stderr))):
+        try:
+            main()
+        except KeyboardInterrupt:
+            print(f"\nstopped - {stopped}", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            out.flush()

@@ -19,11 +19,14 @@ import run
 import samplers
 import settings
 
+IMAGES = dict(batch_size=None, clip=True, overwrite=False, fid=False, fid_split="train", inception_weights=None,
+              data_dir="data")         # the options of images alone, and their defaults
+
 
 def parse(argv):
     """The arguments; args.how is what `samplers.sample` takes of them. Exit code 2 if they are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python sample.py [options], see --help")
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="python sample.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--steps", type=settings.number(int, 1, 10**6), default=512, help="network evaluations (512)")
     parser.add_argument("--sampler", choices=samplers.SAMPLERS, default="ancestral", help="(ancestral)")
@@ -33,22 +36,22 @@ def parse(argv):
                         help="noise of --sampler ddim, 1 is that of ancestral (0)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
                         help="the steps divide [t_min, 1 - t_min] (that of training, at least 0.001)")
-    parser.add_argument("--num-samples", type=settings.number(int, 2, 10**9), help="(points: 10000, images: 64)")
+    parser.add_argument("--num-samples", type=settings.number(int, 2, 10**7), help="(points: 10000, images: 64)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of the sampling noise (0)")
-    parser.add_argument("--out",
+    parser.add_argument("--out", type=settings.folder,
                         help="folder for the results (the run's folder), with one in it for each of several runs")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("images")
-    group.add_argument("--batch-size", type=settings.number(int, 1), help="drawn at once (64 on a CPU, else 250)")
-    group.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True,
+    group.add_argument("--batch-size", type=settings.number(int, 1, 10**6), help="drawn at once (64, on a GPU 250)")
+    group.add_argument("--clip", action=argparse.BooleanOptionalAction,
                        help="keep x_hat in [-1, 1] at every step (yes)")
-    group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
+    group.add_argument("--overwrite", action=argparse.BooleanOptionalAction,
                        help="delete images drawn with other settings")
-    group.add_argument("--fid", action=argparse.BooleanOptionalAction, default=False, help="FID to the data, Eq. (4.6)")
-    group.add_argument("--fid-split", choices=["train", "test"], default="train", help="of the data, for FID (train)")
+    group.add_argument("--fid", action=argparse.BooleanOptionalAction, help="FID to the data, Eq. (4.6)")
+    group.add_argument("--fid-split", choices=["train", "test"], help="of the data, for FID (train)")
     group.add_argument("--inception-weights", metavar="PATH",
                        help="local file of pytorch-fid's weights (downloaded once)")
-    group.add_argument("--data-dir", default="data", help="where the data of FID are, and its statistics go (data)")
+    group.add_argument("--data-dir", type=settings.folder, help="of FID: its data and statistics (data)")
     args = parser.parse_args(argv)
     if args.eta is not None and args.sampler != "ddim":
         parser.error(f"--eta is for --sampler ddim, {args.sampler} has none")
@@ -60,6 +63,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     chosen = run.chosen(args.ckpt, args.out)
+    run.of_images(args, IMAGES, chosen[0][0].config)
     chosen[0][0].kind.sample(chosen, args, run.device(args.device))
 
 

@@ -10,18 +10,55 @@ a run.
     python settings.py    # the rows: defaults for points and for images, and whether they are of a run's identity
 """
 import argparse
+import difflib
 import itertools
-from dataclasses import dataclass, field
+import os
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import losses
 import unet
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
+<<<<<<< HEAD
 from own_points import is_file_of_points
+=======
+from targets import TARGETS
+>>>>>>> w-robust
 
 ABSENT = object()          # in place of a default: this kind of data has no such setting
 NAMES = "data", "target", "loss", "seed"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors also name the word that was meant."""
+
+    def error(self, message):
+        known, found = [], re.search(r"'([^']*)'.*choose from (.*)", message)
+        if found:
+            known = re.findall(r"[\w.-]+", found[2])
+        elif found := re.search("unrecognized arguments: (--[^ =]+)", message):
+            known = re.findall(r"--[\w-]+", self.format_help())
+        for word in difflib.get_close_matches(found[1], known, 1) if found else ():
+            message += f" - did you mean {word}?"
+        super().error(message)
+
+
+def folder(text):
+    """An argparse type: the path of a folder, which need not exist."""
+    try:
+        if text and not os.path.isdir(text):
+            os.stat(text)                                  # another file, or why it can be none
+            raise argparse.ArgumentTypeError(f"{text[:80]} is a file, not a folder")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:                 # a path too long, a loop of links, a character of no path
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be a folder: {getattr(error, 'strerror', error)}") \
+            from None
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder is empty")
+    return text
 
 
 def number(kind, low, high=float("inf")):
@@ -32,7 +69,7 @@ def number(kind, low, high=float("inf")):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
         if not low <= value <= high or value == float("inf"):
-            bound = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+            bound = f"finite and at least {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value
     return parse
@@ -47,6 +84,7 @@ class Setting:
     images: object = ABSENT
     identity: str = "points images"        # the kinds in whose config it is: there another value is another run
     argument: dict = field(default_factory=dict)
+    why: str = ""                          # a run cannot be resumed with another value of it
 
 
 SETTINGS = [
@@ -55,41 +93,98 @@ SETTINGS = [
     Setting("t_density", "what is uniform, t or log-SNR; the weights are exact in both", "uniform", "uniform",
             argument=dict(choices=losses.T_DENSITIES)),
     Setting("stabiliser", "d in the score target -sigma eps / (sigma^2 + d); the thesis's numbers: 0.01", 0.0, 0.0,
-            argument=dict(type=number(float, 0))),
-    Setting("epochs", "passes over the data", 100, 500, "points", dict(type=number(int, 1))),
-    Setting("batch_size", "of all processes together", 512, 128, argument=dict(type=number(int, 1))),
+            argument=dict(type=number(float, 0, 100))),
+    Setting("epochs", "passes over the data", 100, 500, "points", dict(type=number(int, 1, 10**6)),
+            "the learning rate decays to 0 over all epochs, so that of a longer run is another from its first step on"),
+    Setting("batch_size", "of all processes together", 512, 128, argument=dict(type=number(int, 1, 10**6))),
     Setting("lr", "points: Adam's, decays to 0 as a cosine; images: AdamW's, constant after the warm-up", 1e-3, 2e-4,
-            argument=dict(type=number(float, 0))),
-    Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1))),
-    Setting("data_dir", "where the named datasets are, or are downloaded to", images="data", identity=""),
+            argument=dict(type=number(float, 1e-12, 10**6))),
+    Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1, 10_000))),
+    Setting("data_dir", "where the named datasets are, or are downloaded to", images="data", identity="",
+            argument=dict(type=folder)),
     Setting("image_size", "crop and scale to a square of so many pixels", images=None,
-            argument=dict(type=number(int, 4))),
+            argument=dict(type=number(int, 4, 4096))),
     Setting("skip_corrupt", "leave out files of a folder that cannot be read", images=False,
             argument=dict(action="store_true")),
     # The network of images: `configs` puts the preset, changed by the next five, into the config.
     Setting("preset", "UNet, see unet.py; the next five change it", images="ddpm", identity="",
             argument=dict(choices=unet.PRESETS)),
-    Setting("channels", "of its first block", images=None, identity="", argument=dict(type=number(int, 4))),
+    Setting("channels", "of its first block", images=None, identity="", argument=dict(type=number(int, 4, 4096))),
     Setting("channel_mult", "times these, one number for each block", images=None, identity="",
-            argument=dict(type=number(int, 1), nargs="+")),
-    Setting("layers", "in a block", images=None, identity="", argument=dict(type=number(int, 1))),
-    Setting("mid_blocks", "in the middle", images=None, identity="", argument=dict(type=number(int, 1))),
+            argument=dict(type=number(int, 1, 64), nargs="+")),
+    Setting("layers", "in a block", images=None, identity="", argument=dict(type=number(int, 1, 64))),
+    Setting("mid_blocks", "in the middle", images=None, identity="", argument=dict(type=number(int, 1, 64))),
     Setting("attention", "resolutions that attend, besides the middle", images=None, identity="",
-            argument=dict(type=number(int, 0), nargs="+")),
+            argument=dict(type=number(int, 0, 4096), nargs="+")),
     Setting("precision",
             "of matrix products and convolutions; auto is bf16 on CUDA, and bf16 is good on CPUs that have it",
             images="auto", identity="", argument=dict(choices=["auto", "bf16", "fp32"])),
-    Setting("ema", "decay of the averaged weights", images=0.9999, argument=dict(type=number(float, 0, 1))),
-    Setting("warmup", "steps until --lr is reached", images=1000, argument=dict(type=number(int, 1))),
-    Setting("clip_norm", "largest norm of the gradient", images=1.0, argument=dict(type=number(float, 0))),
+    Setting("ema", "decay of the averaged weights", images=0.9999, argument=dict(type=number(float, 0, 0.999999))),
+    Setting("warmup", "steps until --lr is reached", images=1000, argument=dict(type=number(int, 1, 10**9))),
+    Setting("clip_norm", "largest norm of the gradient", images=1.0, argument=dict(type=number(float, 1e-9, 10**9))),
     Setting("minutes", "stop after so long, further runs of this call after as many steps; --resume goes on",
-            images=float("inf"), identity="", argument=dict(type=number(float, 0))),
-    Setting("test_every", "steps between two tests", images=2000, identity="", argument=dict(type=number(int, 1))),
+            images=float("inf"), identity="", argument=dict(type=number(float, 1e-9))),
+    Setting("test_every", "steps between two tests", images=2000, identity="",
+            argument=dict(type=number(int, 1, 10**9))),
     Setting("grid_every", "steps between two grids of samples", images=10_000, identity="",
-            argument=dict(type=number(int, 1))),
+            argument=dict(type=number(int, 1, 10**9))),
     Setting("compile", "with torch.compile; on CUDA it is the default", images=None, identity="",
             argument=dict(action=argparse.BooleanOptionalAction)),
 ]
+
+
+# What is in a config besides the rows: the kinds that have it, whether it must be there, is a value right?
+EXTRAS = {
+    "data": ("points images", True, lambda value: isinstance(value, str) and value != ""),
+    "target": ("points images", True, lambda value: isinstance(value, str) and value in TARGETS),
+    "loss": ("points images", True, lambda value: isinstance(value, str) and value in losses.LOSSES),
+    "seed": ("points images", True, lambda value: type(value) is int and 0 <= value <= 2**63),
+    "shape": ("images", True, lambda value: isinstance(value, list) and len(value) == 3 and value[0] in (1, 3)
+              and all(type(n) is int and 1 <= n <= 4096 for n in value)),
+    "flip": ("images", True, lambda value: isinstance(value, bool)),
+    "precision": ("images", True, lambda value: value in ("bf16", "fp32")),
+    "skips": ("images", True, lambda value: value in ("layer", "block")),
+    **{key: ("images", True, None) for key in unet.PRESETS["ddpm"] if key != "skips"},    # None: as the row has it
+}
+
+
+def allows(row, value, default):
+    """Could the command line have given this value, of a config that was read from a file, to a row?"""
+    if value is None or isinstance(value, bool):
+        return value is default or isinstance(value, bool) and "action" in row.argument
+    if "nargs" in row.argument:
+        return isinstance(value, list) and len(value) > 0 and all(
+            allows(replace(row, argument={"type": row.argument["type"]}), one, None) for one in value)
+    if "choices" in row.argument:
+        return isinstance(value, str) and value in row.argument["choices"]
+    try:
+        return type(value) in (int, float) and row.argument["type"](repr(value)) == value
+    except (argparse.ArgumentTypeError, ValueError):       # ValueError: repr of a number of thousands of digits
+        return False
+
+
+def fault(config):
+    """What is wrong with a config that was read from a file, and what to do, in words; None if nothing is.
+
+    Settings that are newer than the file may be missing.
+    """
+    cure = "put its row back, or give another --ckpt"
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        return "has no settings - give another --ckpt"
+    of, rows = kind(config), {row.name: row for row in SETTINGS}
+    for key, (kinds, must, _) in EXTRAS.items():
+        if must and of in kinds and key not in config:
+            return f"has no setting {key} of {of} - give another --ckpt"
+    for key, value in config.items():
+        kinds, _, right = EXTRAS.get(key, ("", False, None))
+        if of not in kinds and rows.get(key) not in identity(of):
+            return f"was trained with the setting {key[:40]!r}, which this code does not have for {of} - {cure}"
+        default = ABSENT if key in EXTRAS else getattr(rows[key], of)
+        if not (right(value) if right else allows(rows[key], value, default)):
+            return f"was trained with --{key.replace('_', '-')} {value!s:.40}, which this code does not have - {cure}"
+    if of == "points" and config["data"] not in DATASETS:
+        return f"was trained with --data {config['data']:.40}, which this code does not have - {cure}"
+    return None
 
 
 def default_text(row):

@@ -13,10 +13,11 @@ GPUs), the settings in `settings.py`.
 """
 import argparse
 import itertools
-from pathlib import Path
+import os
 
 import torch
 
+import checkpoints
 import images
 import kind_points
 import losses
@@ -33,18 +34,27 @@ LOOPS = {"points": train_points.train, "images": train_images.train}
 
 
 def data_name(text):
+<<<<<<< HEAD
     """An argparse type: a 2D dataset, a file of points, a dataset of images or a folder of images."""
     if (text in DATASETS or text in images.IMAGES or Path(text).is_dir()
             or own_points.is_file_of_points(text) and Path(text).is_file()):
         return text
     raise argparse.ArgumentTypeError(f"unknown data {text!r}: choose from {', '.join([*DATASETS, *images.IMAGES])}, "
                                      "or give the path of a file of points (.npy, .csv) or of a folder of images")
+=======
+    """An argparse type: a 2D dataset, a dataset of images or a folder of images."""
+    if text in DATASETS or text in images.IMAGES or text and os.path.isdir(text):
+        return text
+    names = ", ".join([*DATASETS, *images.IMAGES])
+    raise argparse.ArgumentTypeError(f"unknown data {text[:80]!r}: choose from {names}, "
+                                     "or give the path of a folder of images")
+>>>>>>> w-robust
 
 
 def parse(argv):
     """The arguments, complete and checked; exit code 2 if they are wrong. args.kind is points or images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python train.py [options], see --help")
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="python train.py [options], see --help")
     group = parser.add_argument_group("what to train (several values: all combinations)")
     group.add_argument("--data", nargs="+", type=data_name, default=["rings"],
                        help=f"2D: {', '.join(DATASETS)}; a .npy or .csv of points, one a row; "
@@ -54,13 +64,14 @@ def parse(argv):
                        help="how its errors are weighed (mse)")
     group.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0,
                        help="of weights, data, batches and noise (0)")
-    group.add_argument("--seeds", type=settings.number(int, 1), default=1, help="so many seeds, from --seed on (1)")
+    group.add_argument("--seeds", type=settings.number(int, 1, 1000), default=1,
+                       help="so many seeds, from --seed on (1)")
     settings.add_arguments(parser)
     group = parser.add_argument_group("where it runs and where it goes")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    group.add_argument("--stack", type=settings.number(int, 1),
+    group.add_argument("--stack", type=settings.number(int, 1, 10_000),
                        help="2D networks trained at once (8 on a CPU, else 96)")
-    group.add_argument("--out", default="runs", help="folder of all runs (runs)")
+    group.add_argument("--out", type=settings.folder, default="runs", help="folder of all runs (runs)")
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with these runs")
     group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start them again")
     args = parser.parse_args(argv)
@@ -71,6 +82,8 @@ def parse(argv):
         parser.error("points and images cannot be trained in one call: give them one each")
     args.kind, = kinds
     settings.complete(args, args.kind, parser.error)
+    if args.kind == "images" and args.stack:
+        parser.error("--stack is for points, images are trained one after the other")
     if args.kind == "points" and args.batch_size > kind_points.POINTS:
         parser.error(f"argument --batch-size: must be in [1, {kind_points.POINTS}], got {args.batch_size}")
     try:
@@ -83,7 +96,10 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    LOOPS[args.kind](args, run.device(args.device))
+    try:
+        LOOPS[args.kind](args, run.device(args.device))
+    finally:
+        checkpoints.unlock()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Not here: sampling and FID (`sample.py`, `metrics.py`).
 """
 import copy
 import functools
-import json
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import checkpoints
 import ddpm
 import images
 import kind_images
@@ -78,8 +78,10 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     # recent: (loss, norm of the gradient, errors, t, importance) since the last test
     step, history, recent, seconds = 0, [], [], 0.0
     if state:
-        for part, key in (model, "model"), (ema, "ema"), (optimizer, "optimizer"):
-            part.load_state_dict(state[key])
+        moments = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+        with checkpoints.fitting(folder):
+            for part, values in (model, state["model"]), (ema, state["ema"]), (optimizer, moments):
+                part.load_state_dict(values)
         step, history, seconds = state["step"], list(state["history"]), state["seconds"]
         for weight, moments in optimizer.state.items():    # in the memory layout of this device
             moments |= {key: torch.empty_like(weight).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
@@ -102,7 +104,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
 
     def save():
         if rank == 0:
-            run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
+            run.write(folder / "metrics.jsonl", checkpoints.lines(history))
             run.save(folder / "ckpt.pt", dict(config=config, model=model.state_dict(), ema=ema.state_dict(), step=step,
                                               optimizer=optimizer.state_dict(), history=history, seconds=seconds,
                                               recent=[column.cpu() for column in columns()]))
@@ -127,7 +129,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
 
         recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
-        over = step == steps or seconds >= 60 * minutes
+        over = step >= steps or seconds >= 60 * minutes
         if world > 1 and minutes < math.inf:                # the clock of the first process counts for all
             flag = torch.tensor(float(over), device=device)
             distributed.broadcast(flag, 0)
@@ -235,7 +237,7 @@ def train(args, device):
             print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; "
                   f"{last['seconds']:.0f} s")
     if rank == 0:
-        print("next: " + run.command("sample.py", "--ckpt", str(folder), "--steps 500"))
+        print("next: " + run.command("sample.py", "--ckpt", folder, "--steps", 500))
     if world > 1:                                          # together: one that left earlier would abort at exit
         distributed.barrier()
         distributed.destroy_process_group()

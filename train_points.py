@@ -7,7 +7,6 @@ Not here: images (`train_images.py`).
 """
 import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -15,6 +14,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import kind_points
 import losses
 import run
@@ -125,8 +125,9 @@ def train_stack(runs, device, on_step, on_epoch):
         torch.manual_seed(config["seed"])
         return kind_points.build_model(config).state_dict()
     model = kind_points.build_model(shared, members).to(device)
-    model.load_state_dict(stack.join([state["model"] if state else initial(config)
-                                      for config, state in zip(configs, states)]))
+    with checkpoints.fitting(", ".join(map(str, folders))):
+        model.load_state_dict(stack.join([state["model"] if state else initial(config)
+                                          for config, state in zip(configs, states)]))
     optimizer = build_optimizer(model, shared)
     if states[0]:
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
@@ -158,7 +159,7 @@ def train_stack(runs, device, on_step, on_epoch):
             for m, (folder, config, history) in enumerate(zip(folders, configs, histories)):
                 if m in diverged:
                     continue
-                run.write(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in history).encode())
+                run.write(folder / "metrics.jsonl", checkpoints.lines(history))
                 run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m),
                                                   history=history,
                                                   optimizer=stack.member(optimizer.state_dict()["state"], m)))
@@ -219,9 +220,16 @@ def train(args, device):
         last = (history := run.load(folder)["history"])[-1]
         if not (folder / "loss.png").exists():
             plots.loss_curve(history, config, folder / "loss.png")
+<<<<<<< HEAD
         best = ("best possible unknown", "unknown") if last["optimum"] is None else (
             f"best possible {last['optimum']:.4f}", f"{last['optimum_nelbo']:.3f}")
         print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), "
               f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
     print("next: " + run.command("sample.py", "--ckpt", *(str(folder) for folder, _, _ in runs[:3]),
                                  *["..."] * (len(runs) > 3), "--steps 512"))
+=======
+        print(f"{folder}: test loss {last['test_loss']:.4f} (best possible {last['optimum']:.4f}), "
+              f"NELBO {last['test_nelbo']:.3f} ({last['optimum_nelbo']:.3f}) nats per dimension, "
+              f"{last['seconds']:.0f} s")
+    print("next: " + run.command("sample.py", "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", 512))
+>>>>>>> w-robust

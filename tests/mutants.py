@@ -390,8 +390,13 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("run.py", "            if different:\n", "            if False:\n"),
     ("run.py", 'return [run.config["target"] for run in self.members]',
                'return [self.config["target"] for run in self.members]'),
+<<<<<<< HEAD
     ("run.py", '{} if {"shape", "points"} & checkpoint["config"].keys() else {"data": DATASETS}', "{}"),
     ("run.py", 'if settings.completed(state["config"]) != config:', 'if state["config"] != config:'),
+=======
+    ("settings.py", 'if of == "points" and config["data"] not in DATASETS:', "if False:"),
+    ("run.py", 'before = settings.completed(state["config"])', 'before = state["config"]'),
+>>>>>>> w-robust
     ("run.py", "if len(set(folders)) < len(folders):", "if False:"),
     ("run.py", "if len({run.kind for run in runs}) > 1:", "if False:"),
     ("run.py", "os.path.relpath(Path(__file__).with_name(script))", "script"),
@@ -424,8 +429,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("run.py", 'max(config["t_min"], 1e-3)', 'config["t_min"]'),
     ("run.py", 't_min or max(config["t_min"], 1e-3)', 'max(t_min or 0, config["t_min"], 1e-3)'),
     ("run.py", 'return SCHEDULES[self.config["schedule"]]', 'return SCHEDULES["cosine"]'),
-    ("run.py", "weights_only=True", "weights_only=False"),
-    ("run.py", "        temporary.write_bytes(data)\n        os.replace(temporary, path)\n",
+    ("checkpoints.py", "weights_only=True", "weights_only=False"),
+    ("checkpoints.py", "        temporary.write_bytes(data)\n        os.replace(temporary, path)\n",
                "        path.write_bytes(data)\n"),
     # The UNet
     ("unet.py", "torch.exp(-math.log(10_000) / (self.half - 1)", "torch.exp(-math.log(10_000) / self.half"),
@@ -493,7 +498,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("kind_images.py", "(torch.stack([own, *", "(torch.stack([0 * own + 1, *"),
     ("train_images.py", "**kind_images.test(ema, test", "**kind_images.test(model, test"),
     ("train_images.py", "samples = kind_images.draw(ema,", "samples = kind_images.draw(model,"),
-    ("train_images.py", '(ema, "ema"), (optimizer', '(ema, "model"), (optimizer'),
+    ("train_images.py", '(ema, state["ema"]), (optimizer', '(ema, state["model"]), (optimizer'),
     ("train_images.py", '        recent = list(zip(*(column.to(device) for column in state["recent"])))\n', ""),
     ("kind_images.py", "clip=1.0 if clip else math.inf", "clip=math.inf"),
     ("kind_images.py", "clip=1.0 if clip else math.inf", "clip=1.0"),
@@ -552,7 +557,12 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "kind_points.py": ["sample", "own_points", "train"], "kind_images.py": ["train_images"],
     "train_points.py": ["train", "stack"],
     "run.py": ["run", "train", "stack"], "settings.py": ["settings", "train", "stack"],
+<<<<<<< HEAD
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
+=======
+    "checkpoints.py": ["checkpoints", "robust", "run", "train"],
+    "metrics.py": ["metrics", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
+>>>>>>> w-robust
     "reproduce_beyond.py": ["reproduce"],
 }
 

@@ -41,7 +41,7 @@ def image_run(tmp_path_factory):
     for i in range(12):
         Image.fromarray(g.integers(0, 255, (8, 8), np.uint8)).save(out / "dots" / f"{i}.png")
     train.main(["--data", str(out / "dots"), "--target", "v", "--channels", "4", "--channel-mult", "1", "--layers", "1",
-                "--attention", "0", "--batch-size", "4", "--lr", "0.01", "--warmup", "1", "--minutes", "0", "--out",
+                "--attention", "0", "--batch-size", "4", "--lr", "0.01", "--warmup", "1", "--minutes", "1e-6", "--out",
                 str(out), "--device", "cpu"])
     return out / "dots-v-mse-s0"
 

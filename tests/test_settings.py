@@ -136,8 +136,8 @@ def test_choices_are_the_tables_themselves():
 
 @pytest.mark.parametrize("kind, low, high, wrong, message", [
     (int, 1, math.inf, "1.5", "'1.5' is not a whole number"), (float, 0, math.inf, "x", "'x' is not a number"),
-    (float, 0, math.inf, "nan", "must be at least 0, got nan"),
-    (float, 0, math.inf, "inf", "must be at least 0, got inf"),
+    (float, 0, math.inf, "nan", "must be finite and at least 0, got nan"),
+    (float, 0, math.inf, "inf", "must be finite and at least 0, got inf"),
     (int, 2, 5, "6", r"must be in \[2, 5\], got 6"), (int, 2, 5, "1", r"must be in \[2, 5\], got 1")])
 def test_numbers_are_in_their_range(kind, low, high, wrong, message):
     parse = settings.number(kind, low, high)
