@@ -80,6 +80,14 @@ def facts(path):
                 mean=digits(train.mean(0)), scale=digits(train.std(0, correction=0)))
 
 
+def are_facts(value):
+    """Is it what `facts` gives?"""
+    numbers = lambda key: isinstance(value[key], list) and all(type(number) is float for number in value[key])
+    return (isinstance(value, dict) and value.keys() == {"rows", "dim", "digest", "mean", "scale"}
+            and type(value["rows"]) is int and isinstance(value["digest"], str) and numbers("mean")
+            and numbers("scale") and value["dim"] == len(value["mean"]) == len(value["scale"]) > 0)
+
+
 def standardised(points, facts):
     """From the file's units to those of networks: (n, D) -> (n, D), on the training points of mean 0 and variance 1."""
     return (points - points.new_tensor(facts["mean"])) / points.new_tensor(facts["scale"])

@@ -155,19 +155,8 @@ def open(path):
     """
     if not isinstance(path, (str, Path)):
         return Stack([open(one) for one in path])
-<<<<<<< HEAD
-    path, checkpoint = Path(path), load(path)
-    tables = ({"target": TARGETS, "schedule": SCHEDULES}
-              | ({} if {"shape", "points"} & checkpoint["config"].keys() else {"data": DATASETS}))
-    for key, table in tables.items():
-        if checkpoint["config"][key] not in table:
-            raise SystemExit(f"{path} was trained with --{key} {checkpoint['config'][key]}, "
-                             "which this code does not have - put its row back, or give another --ckpt")
-    return Run(path if path.is_dir() else path.parent, checkpoint)
-=======
     path = Path(path)
     return Run(path if os.path.isdir(path) else path.parent, load(path))
->>>>>>> w-robust
 
 
 def stacks(runs, device):

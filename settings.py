@@ -21,11 +21,8 @@ import losses
 import unet
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
-<<<<<<< HEAD
-from own_points import is_file_of_points
-=======
+from own_points import are_facts, is_file_of_points
 from targets import TARGETS
->>>>>>> w-robust
 
 ABSENT = object()          # in place of a default: this kind of data has no such setting
 NAMES = "data", "target", "loss", "seed"
@@ -139,6 +136,7 @@ EXTRAS = {
     "target": ("points images", True, lambda value: isinstance(value, str) and value in TARGETS),
     "loss": ("points images", True, lambda value: isinstance(value, str) and value in losses.LOSSES),
     "seed": ("points images", True, lambda value: type(value) is int and 0 <= value <= 2**63),
+    "points": ("points", False, are_facts),                # of a file of points
     "shape": ("images", True, lambda value: isinstance(value, list) and len(value) == 3 and value[0] in (1, 3)
               and all(type(n) is int and 1 <= n <= 4096 for n in value)),
     "flip": ("images", True, lambda value: isinstance(value, bool)),
@@ -182,7 +180,7 @@ def fault(config):
         default = ABSENT if key in EXTRAS else getattr(rows[key], of)
         if not (right(value) if right else allows(rows[key], value, default)):
             return f"was trained with --{key.replace('_', '-')} {value!s:.40}, which this code does not have - {cure}"
-    if of == "points" and config["data"] not in DATASETS:
+    if of == "points" and config["data"] not in DATASETS and "points" not in config:
         return f"was trained with --data {config['data']:.40}, which this code does not have - {cure}"
     return None
 

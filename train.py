@@ -34,21 +34,13 @@ LOOPS = {"points": train_points.train, "images": train_images.train}
 
 
 def data_name(text):
-<<<<<<< HEAD
     """An argparse type: a 2D dataset, a file of points, a dataset of images or a folder of images."""
-    if (text in DATASETS or text in images.IMAGES or Path(text).is_dir()
-            or own_points.is_file_of_points(text) and Path(text).is_file()):
-        return text
-    raise argparse.ArgumentTypeError(f"unknown data {text!r}: choose from {', '.join([*DATASETS, *images.IMAGES])}, "
-                                     "or give the path of a file of points (.npy, .csv) or of a folder of images")
-=======
-    """An argparse type: a 2D dataset, a dataset of images or a folder of images."""
-    if text in DATASETS or text in images.IMAGES or text and os.path.isdir(text):
+    if (text in DATASETS or text in images.IMAGES or text and os.path.isdir(text)
+            or own_points.is_file_of_points(text) and os.path.isfile(text)):
         return text
     names = ", ".join([*DATASETS, *images.IMAGES])
     raise argparse.ArgumentTypeError(f"unknown data {text[:80]!r}: choose from {names}, "
-                                     "or give the path of a folder of images")
->>>>>>> w-robust
+                                     "or give the path of a file of points (.npy, .csv) or of a folder of images")
 
 
 def parse(argv):

@@ -220,16 +220,8 @@ def train(args, device):
         last = (history := run.load(folder)["history"])[-1]
         if not (folder / "loss.png").exists():
             plots.loss_curve(history, config, folder / "loss.png")
-<<<<<<< HEAD
         best = ("best possible unknown", "unknown") if last["optimum"] is None else (
             f"best possible {last['optimum']:.4f}", f"{last['optimum_nelbo']:.3f}")
         print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), "
               f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
-    print("next: " + run.command("sample.py", "--ckpt", *(str(folder) for folder, _, _ in runs[:3]),
-                                 *["..."] * (len(runs) > 3), "--steps 512"))
-=======
-        print(f"{folder}: test loss {last['test_loss']:.4f} (best possible {last['optimum']:.4f}), "
-              f"NELBO {last['test_nelbo']:.3f} ({last['optimum_nelbo']:.3f}) nats per dimension, "
-              f"{last['seconds']:.0f} s")
     print("next: " + run.command("sample.py", "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", 512))
->>>>>>> w-robust

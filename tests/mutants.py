@@ -390,13 +390,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("run.py", "            if different:\n", "            if False:\n"),
     ("run.py", 'return [run.config["target"] for run in self.members]',
                'return [self.config["target"] for run in self.members]'),
-<<<<<<< HEAD
-    ("run.py", '{} if {"shape", "points"} & checkpoint["config"].keys() else {"data": DATASETS}', "{}"),
-    ("run.py", 'if settings.completed(state["config"]) != config:', 'if state["config"] != config:'),
-=======
-    ("settings.py", 'if of == "points" and config["data"] not in DATASETS:', "if False:"),
+    ("settings.py", 'if of == "points" and config["data"] not in DATASETS', "if False"),
     ("run.py", 'before = settings.completed(state["config"])', 'before = state["config"]'),
->>>>>>> w-robust
     ("run.py", "if len(set(folders)) < len(folders):", "if False:"),
     ("run.py", "if len({run.kind for run in runs}) > 1:", "if False:"),
     ("run.py", "os.path.relpath(Path(__file__).with_name(script))", "script"),
@@ -557,12 +552,8 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "kind_points.py": ["sample", "own_points", "train"], "kind_images.py": ["train_images"],
     "train_points.py": ["train", "stack"],
     "run.py": ["run", "train", "stack"], "settings.py": ["settings", "train", "stack"],
-<<<<<<< HEAD
-    "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
-=======
     "checkpoints.py": ["checkpoints", "robust", "run", "train"],
-    "metrics.py": ["metrics", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
->>>>>>> w-robust
+    "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
     "reproduce_beyond.py": ["reproduce"],
 }
 
