@@ -159,7 +159,7 @@ class Run:
         """The trained network, model(z, t) -> prediction of `target`, to evaluate; of images with averaged weights."""
         model = self.kind.build_model(self.config, len(self.members))
         model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
-        return model.to(device).requires_grad_(False)
+        return model.to(device).requires_grad_(False).eval()
 
     def denoiser(self, device="cpu", **options):
         """The network as (z, t) -> x_hat, eps_hat, for z (B, ...), t (): `samplers.denoiser`, which has the options."""

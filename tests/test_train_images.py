@@ -177,7 +177,7 @@ def test_evaluation_is_the_sum_typed_again(target, loss):
 def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeypatch):
     seen, original = [], samplers.sample
     monkeypatch.setattr(samplers, "sample",
-                        lambda model, *args, **kw: seen.append((model.schedule, kw)) or original(model, *args, **kw))
+                        lambda model, *args, **kw: seen.append((model.__wrapped__.schedule, kw)) or original(model, *args, **kw))
     train.main(command(folder, tmp_path, "--epochs", "1", "--target", "s", "--schedule", "ve", "--t-min", "0.05",
                        "--stabiliser", "0.02", "--seed", "3", "--lr", "0", "--image-size", "6", "--preset", "thesis"))
     state = run.load(only(tmp_path))
@@ -208,12 +208,12 @@ def test_several_sets_in_one_call(folder, tmp_path):
 
 def killed(monkeypatch, argv, step):
     """Run train.main and kill it after a step."""
-    def progress(*args):
+    def reporter(*args):
         def on_step(done, *facts):
             if done == step:
                 raise KeyboardInterrupt
         return on_step
-    monkeypatch.setattr(train_images, "progress", progress)
+    monkeypatch.setattr(train_images, "reporter", reporter)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
     monkeypatch.undo()
