@@ -159,7 +159,7 @@ def draw_folder(folder, one, n, args, device):
                  settings["t_min"], args.clip, **args.how).cpu()
         for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)
-    if len(have - set(names)) > 0:
+    if have - set(names):
         print(f"{folder} holds {len(have | set(names)):,} images: the first {n:,} count")
     return [folder / name for name in names], settings, time.perf_counter() - start
 
@@ -209,7 +209,7 @@ def sample(chosen, args, device):
             paths, settings, seconds = draw_folder(out / "samples", one, n, args, device)
         images.save_png(images.grid(images.read(paths[:64], paths[:64], None, False), 8), out / "samples.png")
         result = {**one.config, **settings, "weights": "EMA", "num_samples": n}
-        print(f"{one.folder}: {n:,} images in {args.steps} steps, {args.in_words}, {seconds:.1f} s on {device}")
+        print(f"{one.folder}: {n:,} images in {args.steps} steps, {args.in_words}, in {seconds:.1f} s on {device}")
         if args.fid:
             fid = measure(paths, network, statistics)
             result |= dict(fid=fid, fid_split=args.fid_split, fid_reference=statistics[2])
@@ -217,7 +217,7 @@ def sample(chosen, args, device):
                   f"{', clipped' if args.clip else ''}) against {statistics[2]:,} images of {one.config['data']}, "
                   f"{args.fid_split} split")
         run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
-        print(f"wrote samples/, samples.png and metrics.json to {out}/")
+        print(f"wrote samples/, samples.png and metrics.json to {out}/; {progress.seconds():.1f} s in all")
 
 
 def test_examples(config, num, device, data_dir="data"):

@@ -9,6 +9,13 @@ import os
 import sys
 import time
 
+BEGAN = time.perf_counter() - time.process_time()      # until here the process has imported: what it took of a CPU
+
+
+def seconds():
+    """Since this process began."""
+    return time.perf_counter() - BEGAN
+
 
 def say(line):
     """Show a line on stderr; on a terminal in place of the last one, "" takes it away."""

@@ -176,14 +176,14 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
 
 
 def seconds_left(step, steps, per_step, took, config, tested, test_every, grid_every):
-    """Of a run after `step` steps of `per_step` seconds: the other steps, tests and grids -> seconds, of the last two.
+    """Of a run after `step` steps of `per_step` seconds: other steps, tests and grids -> seconds, of the last two.
 
     Before the first test or grid there is an estimate: a step costs an image what three evaluations do.
     """
     per_image = per_step / (3 * config["batch_size"])
     test = took["test"] or tested * per_image
     grid = took["grid"] or 64 * GRID_STEPS * per_image
-    times = lambda every: -(-steps // every) - step // every       # at every multiple from here on, and at the end
+    times = lambda every: -(-steps // every) - (step - 1) // every     # at multiples from this step on, and the end
     return (steps - step) * per_step + times(test_every) * test + times(grid_every) * grid, test + grid
 
 
@@ -218,8 +218,8 @@ def known(folder, config, args):
         return config
     before, now = run.load(folder)["config"].get("images"), config["images"]
     if before and before != now:
-        raise SystemExit(f"{folder} was trained {before['count']:,} images of a folder that now has {now['count']:,}, or "
-                         "others - bring the old ones back, or train anew with another --out")
+        raise SystemExit(f"{folder} was trained on {before['count']:,} images of a folder that now has "
+                         f"{now['count']:,}, or others - bring the old ones back, or train anew with another --out")
     return config if before else {key: value for key, value in config.items() if key != "images"}
 
 
@@ -285,7 +285,7 @@ def train(args, device):
             tests = ", ".join(f"{key.removeprefix('test_')} {value:.4g}" for key, value in last.items()
                               if key.startswith("test_"))
             print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; "
-                  f"{last['seconds']:.0f} s")
+                  f"{last['seconds']:.0f} s of training, {progress.seconds():.0f} s in all")
     if rank == 0:
         print("next: " + run.command("sample.py", "--ckpt", str(folder), "--steps 500"))
     if world > 1:                                          # together: one that left earlier would abort at exit
