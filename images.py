@@ -39,7 +39,7 @@ IMAGES = {  # torchvision's class, the folder under --data-dir where it looks fo
     "mnist":         ("MNIST", "MNIST/raw", IDX, "https://ossci-datasets.s3.amazonaws.com/mnist"),
 }
 FLIPPED = {"cifar10"}       # mirrored in training unless --no-flip: digits and shoes are not, nor what is not known
-LARGEST = 2048              # pixels of a side that images are scaled to
+LARGEST = 4096              # pixels of a side that images are scaled to
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")       # PIL's modes; I has 16 bits here
 
