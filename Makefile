@@ -11,10 +11,10 @@ demo: .venv/.installed
 	@echo "To go on by hand: source .venv/bin/activate"
 
 # Two processes of one thread: threads of small tensors only wait for each other.
-test: .venv/.installed
+test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
-lint: .venv/.installed
+lint: .venv/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff check --select E501 --line-length 100 $(CORE)
 
@@ -26,4 +26,8 @@ bench: .venv/.installed
 	    { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(RUN) -m pip install -r requirements-dev.txt
 	touch $@

@@ -10,12 +10,15 @@ Not here: how training draws its batches (`train.py`), and labels: no model of t
 """
 import argparse
 import contextlib
+import functools
 import glob
+import hashlib
 import io
 import os
 import socket
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+import progress
 import run
 import settings
 
@@ -34,6 +38,8 @@ IMAGES = {  # torchvision's class, the folder under --data-dir where it looks fo
                       "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
     "mnist":         ("MNIST", "MNIST/raw", IDX, "https://ossci-datasets.s3.amazonaws.com/mnist"),
 }
+FLIPPED = {"cifar10"}       # mirrored in training unless --no-flip: digits and shoes are not, nor what is not known
+LARGEST = 4096              # pixels of a side that images are scaled to
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")       # PIL's modes; I has 16 bits here
 
@@ -54,15 +60,40 @@ def flip(x, generator):
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
+@functools.cache
+def note(sentence):
+    """Say a sentence on stderr, once."""
+    print(sentence, file=sys.stderr)
+
+
 def find(folder):
-    """Paths of all images under a folder, sorted; follows links, leaves out names that begin with a dot."""
+    """Paths of all images under a folder, sorted; follows links, leaves out names that begin with a dot.
+
+    Only what is a file: reading a pipe would wait for ever. Files of other endings are counted in a line on stderr.
+    """
     if not os.path.isdir(folder):
         raise SystemExit(f"no folder of images at {folder} - give the path of one, or one of {', '.join(IMAGES)}")
-    names = sorted(name for name in glob.glob("**", root_dir=folder, recursive=True) if name.lower().endswith(ENDINGS))
+    there = [name for name in glob.glob("**", root_dir=folder, recursive=True) if not os.path.isdir(f"{folder}/{name}")]
+    names = sorted(name for name in there if name.lower().endswith(ENDINGS) and os.path.isfile(f"{folder}/{name}"))
     if not names:
         raise SystemExit(f"no images under {folder} - put some there, "
                          f"their names must end in one of {' '.join(ENDINGS)}")
+    left_out = Counter(Path(name).suffix.lower() or "no ending" for name in set(there) - set(names))
+    if left_out:
+        kinds = ", ".join(f"{n} {ending}" for ending, n in sorted(left_out.items()))
+        note(f"left out of {folder}: {kinds} - images are files that end in one of {' '.join(ENDINGS)}")
     return [f"{folder}/{name}" for name in names]
+
+
+def name_hash(name):
+    """A number in [0, 1) that is a function of the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
+
+
+def facts(folder):
+    """Count and digest of the names of a folder's images, for a run's config: resuming needs the same ones."""
+    names = [os.path.relpath(path, folder) for path in find(folder)]
+    return dict(count=len(names), digest=hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest())
 
 
 def is_grey(path):
@@ -91,7 +122,7 @@ def decode(path, mode, image_size):
 def readable(paths, mode, image_size, skip_corrupt):
     """Yield path and image (C, H, W) of each that can be decoded; SystemExit at another, or count it and go on."""
     skipped = 0
-    for path in paths:
+    for path in progress.watch(paths, "reading", "images"):
         try:
             image = decode(path, mode, image_size)
         except Exception as error:
@@ -107,9 +138,14 @@ def readable(paths, mode, image_size, skip_corrupt):
 
 def read(paths, whole, image_size, skip_corrupt):
     """The images `paths` of the set `whole`, by which all splits have one C and one size -> uint8 (N, C, H, W)."""
-    how = "L" if all(map(is_grey, whole)) else "RGB", image_size, skip_corrupt
+    grey = all(map(is_grey, progress.watch(whole, "looking for colour", "images")))
+    how = "L" if grey else "RGB", image_size, skip_corrupt
     first, like = next(readable(whole, *how), (None, np.empty(0)))
-    x, n = np.empty((len(paths), *like.shape), np.uint8), 0
+    try:
+        x, n = np.empty((len(paths), *like.shape), np.uint8), 0
+    except MemoryError:
+        raise SystemExit(f"not enough memory for {len(paths):,} images of {'x'.join(map(str, like.shape))} - "
+                         "give a smaller --image-size, or fewer") from None
     for n, (path, image) in enumerate(readable(paths, *how), 1):
         if image.shape != like.shape:
             (_, h, w), (_, H, W) = like.shape, image.shape
@@ -148,12 +184,17 @@ def fetch(data, split, data_dir):
     return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
 
 
-def load(data, split, data_dir="data", image_size=None, skip_corrupt=False):
+def load(data, split, data_dir="data", image_size=None, skip_corrupt=False, by_name=True):
     """The split train or test of a set in IMAGES, or of a folder -> uint8 (N, C, H, W), CPU; SystemExit at a mistake.
 
-    The splits of a folder are its subfolders train and test; without them a fixed random tenth is the test split.
+    The splits of a folder are its subfolders train and test. Without them about a tenth is the test split, those whose
+    name has a hash below 0.1 (at least one, not all): in a folder that grows no image changes sides. by_name=False: a
+    fixed random tenth of their numbers, the split of runs whose config does not say which images the folder had.
     """
     assert split in ("train", "test")
+    if (image_size or 0) > LARGEST:
+        raise SystemExit(f"images of {image_size} x {image_size} pixels are too large - "
+                         f"give an --image-size of at most {LARGEST}")
     if data in IMAGES:
         x = fetch(data, split, data_dir)
         return x if image_size is None else F.interpolate(x, (image_size, image_size), mode="bicubic", antialias=True)
@@ -161,8 +202,11 @@ def load(data, split, data_dir="data", image_size=None, skip_corrupt=False):
     if all(Path(data, name).is_dir() for name in ("train", "test")):
         paths = find(f"{data}/{split}")
     else:
-        order = torch.randperm(len(whole), generator=run.generator("cpu", "split")).tolist()
-        n = max(1, len(whole) // 10)
+        order, n = torch.randperm(len(whole), generator=run.generator("cpu", "split")).tolist(), len(whole) // 10
+        if by_name:
+            hashes = [name_hash(os.path.relpath(path, data)) for path in whole]
+            order, n = sorted(range(len(whole)), key=hashes.__getitem__), sum(h < 0.1 for h in hashes)
+        n = min(max(1, n), len(whole) - 1)
         paths = [whole[i] for i in sorted(order[:n] if split == "test" else order[n:])]
     if len(whole) < 2:
         raise SystemExit(f"a single image, {whole[0]} - two are needed at least, one to train on and one to test")
@@ -190,7 +234,7 @@ def main(argv=None):
     parser.add_argument("data", nargs="?", default="cifar10",
                         help=f"{', '.join(IMAGES)} or a folder of images (cifar10)")
     parser.add_argument("--data-dir", default="data", help="where the named datasets are or go (data)")
-    parser.add_argument("--image-size", type=settings.number(int, 1, 4096), help="cut to squares and resize (no)")
+    parser.add_argument("--image-size", type=settings.number(int, 1, LARGEST), help="cut to squares and resize (no)")
     parser.add_argument("--skip-corrupt", action=argparse.BooleanOptionalAction, default=False,
                         help="leave out images that cannot be read (no)")
     args = parser.parse_args(argv)

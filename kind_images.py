@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import ddpm
 import images
 import losses
 import metrics
+import progress
 import run
 import samplers
 import unet
@@ -29,7 +31,8 @@ LIKELIHOOD = dict(num=500, batch_size=50, draws=16, num_ode=16, probes=1)     # 
 
 def load(config, split="test", data_dir="data"):
     """The images of a run -> uint8 (N, C, H, W), on the CPU. Mistakes end in SystemExit."""
-    return images.load(config["data"], split, data_dir, config["image_size"], config["skip_corrupt"])
+    return images.load(config["data"], split, data_dir, config["image_size"], config["skip_corrupt"],
+                       by_name="images" in config)
 
 
 def build_model(config, members=1):
@@ -37,7 +40,8 @@ def build_model(config, members=1):
     if members > 1:
         raise SystemExit("runs on images cannot be one stack - open them one by one")
     (channels, *size), network = config["shape"], {key: config[key] for key in unet.PRESETS["ddpm"]}
-    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], **network)
+    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], dropout=config["dropout"],
+                     **network)
 
 
 def dimension(config):
@@ -76,7 +80,8 @@ def test(model, data, config, device):
     weight = lambda name, t: losses.weight(name, config["target"], t, objective["schedule"], config["stabiliser"])
     shuffled = torch.randperm(n, generator=g)        # else t rises with the row: with the class, in sorted images
     times, total = losses.sample_t((n,), config["t_min"], g), torch.zeros(len(names) + 1, device=device)
-    for i, (rows, t) in enumerate(zip(shuffled.split(TESTED), times.split(TESTED))):
+    batches = list(zip(shuffled.split(TESTED), times.split(TESTED)))
+    for i, (rows, t) in enumerate(progress.watch(batches, "testing", "images", lambda batch: len(batch[0]))):
         x = images.to_float(data[rows])
         eps = torch.randn(x.shape, generator=g)
         if i % world == rank:
@@ -99,63 +104,95 @@ def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
     return images.to_uint8(x)
 
 
-def draw_folder(folder, one, n, args, device):
-    """Write n images as folder/00000.png ... -> settings, seconds.
+def own_images(folder):
+    """The images in a folder that `draw_folder` wrote: 00000.png ... beside its settings.json. Others are foreign."""
+    if not (folder / "settings.json").exists():
+        return []
+    return sorted(path for path in folder.glob("*.png") if re.fullmatch(r"\d{5,}\.png", path.name))
 
-    Each batch has its own noise: what is there is not drawn again.
+
+def drawn_with(folder):
+    """The settings that a folder's images were drawn with; nothing if there is no settings.json or it is damaged."""
+    try:
+        return dict(json.loads((folder / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def draw_folder(folder, one, n, args, device):
+    """Write n images as folder/00000.png ... -> their paths, settings, seconds.
+
+    Each batch has its own noise: what is there is not drawn again, and images beyond the n stay. With --overwrite those
+    of other settings are deleted, and never a file that this function did not write.
     """
     config = one.config
     settings = dict(run=one.name, step=one.checkpoint["step"],
                     test_loss=one.history[-1]["test_loss"] if one.history else None,
                     steps=args.steps, **args.how, t_min=run.smallest_t(config, args.t_min), clip=args.clip,
-                    sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"])
-    named, present = folder / "settings.json", sorted(folder.glob("*.png"))
-    if present and (not named.exists() or json.loads(named.read_text()) != settings):
+                    sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"],
+                    device=str(device))
+    present, names = own_images(folder), [f"{i:05d}.png" for i in range(n)]
+    if present and {"device": str(device)} | drawn_with(folder) != settings:     # older ones do not say which device
         if not args.overwrite:
             raise SystemExit(f"{folder} holds {len(present)} images of other settings, see settings.json there - "
                              "keep them by giving these another --out, or delete them with --overwrite")
         for path in present:
             path.unlink()
         present = []
-    run.write(named, json.dumps(settings, indent=2).encode())
+    have = {path.name for path in present}
+    foreign = [name for name in names if name not in have and (folder / name).exists()]
+    if foreign:
+        raise SystemExit(f"{folder / foreign[0]} was not drawn by sample.py and is in the way - move it, or give "
+                         "another --out")
+    run.write(folder / "settings.json", json.dumps(settings, indent=2).encode())
 
-    model = one.model(device)
+    model, size = one.model(device), args.batch_size
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
         model = torch.compile(model) if n >= 2048 else model          # compiling takes a minute
-    have, size = {path.name for path in present}, args.batch_size
-    names = [f"{i:05d}.png" for i in range(n)]
     missing = [i for i in range(0, n, size) if not have.issuperset(names[i:i + size])]
     start = time.perf_counter()
-    for count, i in enumerate(missing, 1):
+    add = progress.counter(f"drawing {n:,} images", len(missing) * args.steps, "evaluations")
+    for i in missing:
         generator = run.generator(device, args.seed, "sample", i)
-        x = draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
-                 **args.how).cpu()
+        x = draw(progress.counted(model, add), (size, *config["shape"]), args.steps, config, generator,
+                 settings["t_min"], args.clip, **args.how).cpu()
         for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)
-        rate = count * size / (time.perf_counter() - start)
-        print(f"{min(i + size, n):,} of {n:,} images, {rate:.2f} images/s, "
-              f"{(len(missing) - count) * size / rate:.0f} s left", flush=True)
-    for name in {path.name for path in present} - set(names):         # of an earlier call that drew more
-        (folder / name).unlink()
-    return settings, time.perf_counter() - start
+    if have - set(names):
+        print(f"{folder} holds {len(have | set(names)):,} images: the first {n:,} count")
+    return [folder / name for name in names], settings, time.perf_counter() - start
+
+
+def digest(*parts):
+    """Eight hexadecimal digits for the content of tensors, of which all bytes count, and of other things."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+                   if torch.is_tensor(part) else repr(part).encode(errors="surrogateescape"))
+    return sha.hexdigest()[:8]
 
 
 def reference(config, network, args):
-    """Inception's statistics of the data that a run was trained on, computed once."""
+    """Inception's statistics of the data that a run was trained on, computed once for these images and this network.
+
+    Of a folder path, names, sizes and times of change stand for the images, else reading them would take long; a named
+    set is always the same. Of the network every weight counts, whatever file it came from.
+    """
     data, size = config["data"], "x".join(map(str, config["shape"]))
-    weights = Path(args.inception_weights).stem if args.inception_weights else "pytorch-fid"
-    name = data                                                       # two folders may have one name
+    name = data
     if data not in images.IMAGES:
-        key = f"{Path(data).resolve()} {config['skip_corrupt']}"
-        name = f"{Path(data).resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    path = Path(args.data_dir) / f"inception-{name}-{args.fid_split}-{size}-{weights}.npz"
+        files = [(path, stat.st_size, stat.st_mtime_ns) for path in images.find(str(Path(data).resolve()))
+                 for stat in [Path(path).stat()]]
+        name = f"{Path(data).resolve().name}-{digest(files, config['skip_corrupt'], 'images' in config)}"
+    path = Path(args.data_dir) / (f"inception-{name}-{args.fid_split}-{size}-"
+                                  f"{digest(*network.state_dict().values())}.npz")
     return metrics.reference_statistics(path, lambda: load(config, args.fid_split, args.data_dir), network)
 
 
-def measure(folder, network, statistics):
-    """FID of the images in a folder to the statistics of the data."""
-    return metrics.fid(metrics.statistics(images.read_folder(folder), network), statistics)
+def measure(paths, network, statistics):
+    """FID of images in files to the statistics of the data."""
+    return metrics.fid(metrics.statistics(images.read(paths, paths, None, False), network), statistics)
 
 
 def sample(chosen, args, device):
@@ -169,19 +206,18 @@ def sample(chosen, args, device):
         if args.fid:
             statistics = reference(one.config, network, args)
         with run.enough_memory("a smaller --batch-size"):
-            settings, seconds = draw_folder(out / "samples", one, n, args, device)
-        paths = sorted((out / "samples").glob("*.png"))[:64]
-        images.save_png(images.grid(images.read(paths, paths, None, False), 8), out / "samples.png")
-        result = {**one.config, **settings, "weights": "EMA", "num_samples": n, "device": str(device)}
-        print(f"{one.folder}: {n:,} images in {args.steps} steps, {args.in_words}, {seconds:.1f} s on {device}")
+            paths, settings, seconds = draw_folder(out / "samples", one, n, args, device)
+        images.save_png(images.grid(images.read(paths[:64], paths[:64], None, False), 8), out / "samples.png")
+        result = {**one.config, **settings, "weights": "EMA", "num_samples": n}
+        print(f"{one.folder}: {n:,} images in {args.steps} steps, {args.in_words}, in {seconds:.1f} s on {device}")
         if args.fid:
-            fid = measure(out / "samples", network, statistics)
+            fid = measure(paths, network, statistics)
             result |= dict(fid=fid, fid_split=args.fid_split, fid_reference=statistics[2])
             print(f"FID {fid:.3f}: {n:,} samples (EMA, {args.in_words}, {args.steps} steps"
                   f"{', clipped' if args.clip else ''}) against {statistics[2]:,} images of {one.config['data']}, "
                   f"{args.fid_split} split")
         run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
-        print(f"wrote samples/, samples.png and metrics.json to {out}/")
+        print(f"wrote samples/, samples.png and metrics.json to {out}/; {progress.seconds():.1f} s in all")
 
 
 def test_examples(config, num, device, data_dir="data"):

@@ -25,7 +25,6 @@ import math
 import time
 
 import torch
-from torch.special import log_ndtr
 
 import losses
 import run
@@ -66,6 +65,7 @@ def log_prob_level(x, mean, std):
     upper, lower = torch.where(x > 0.999, math.inf, upper), torch.where(x < -0.999, -math.inf, lower)
     right = lower > 0                           # Phi(upper) - Phi(lower) cancels there: mirror it
     upper, lower = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
+    log_ndtr = lambda x: torch.special.log_ndtr(x.cpu() if x.device.type == "mps" else x).to(x.device)   # MPS has none
     return log_ndtr(upper) + torch.log1p(-torch.exp(log_ndtr(lower) - log_ndtr(upper)))
 
 

@@ -19,8 +19,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import progress
 import run
 import settings
 
@@ -142,7 +142,7 @@ def features(images, model, batch_size=50):
     """What the network says of images, uint8 (n, C, H, W), C = 1 (grey) or 3 -> (n, dims), on the model's device."""
     assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3), images.shape
     device, result = next(model.parameters()).device, []
-    for batch in tqdm(images.split(batch_size), desc="Inception", unit="batch", leave=False, disable=None):
+    for batch in progress.watch(images.split(batch_size), "Inception", "images", len):
         batch = batch.expand(-1, 3, -1, -1).to(device).float() / 255     # in [0, 1]; the network resizes to 299 x 299
         result.append(model(batch)[0].mean((2, 3)))                      # (B, dims, h, w) -> (B, dims)
     return torch.cat(result)

@@ -22,7 +22,8 @@ from datasets2d import DATASETS
 from study import DRAWS, ODE_STEPS, STEPS, TARGETS, cell, floor, gaps, rows
 
 FEW = [8, 16, 32]      # of them, where grids are compared
-SHORT = 20             # epochs, where every schedule is compared
+# Every target on every schedule, trained for 20 epochs
+COMPARED, EVERY, SHORT = list(ddpm.SCHEDULES), list(targets.TARGETS), 20
 SWEEPS = {"t": STEPS, "logsnr": STEPS[2:6], "karras": STEPS[2:6]}    # evaluations; above 64 grids matter little
 TWO = "covariance_distance", "sliced_wasserstein"
 # What networks were trained with, as the table calls it: recipe of study.py, loss, title
@@ -182,18 +183,16 @@ def excess(study, path):
 
 def schedules(study):
     """Every target on every schedule, trained shortly: two samplers with 64 evaluations."""
-    args, text = study.args, []
-    epochs, every = min(args.epochs, SHORT), list(targets.TARGETS)
-    runs = {name: study.trained(f"schedule-{name}", data=["rings"], target=every, epochs=epochs)
-            for name in ddpm.SCHEDULES}
+    args, text, epochs = study.args, [], min(study.args.epochs, SHORT)
+    runs = {name: study.trained(f"schedule-{name}", data=["rings"], target=EVERY, epochs=epochs) for name in COMPARED}
     for sampler, grid in ("ancestral", "t"), ("dpmpp", "logsnr"):
         lines = []
-        for name in ddpm.SCHEDULES:
+        for name in COMPARED:
             found = study.sampled(runs[name], 64, sampler, grid)
-            by_target = [[found["rings", target, "mse", seed] for seed in range(args.seeds)] for target in every]
+            by_target = [[found["rings", target, "mse", seed] for seed in range(args.seeds)] for target in EVERY]
             lines.append([name, *(cell([result[TWO[0]] for result in results]) for results in by_target)])
-        lines.append(["floor", floor(by_target[0][0], TWO[0]), *[""] * (len(every) - 1)])
-        text += [f"**{sampler}, grid `{grid}`**: covariance distance", ""] + rows(["schedule", *every], lines)
+        lines.append(["floor", floor(by_target[0][0], TWO[0]), *[""] * (len(EVERY) - 1)])
+        text += [f"**{sampler}, grid `{grid}`**: covariance distance", ""] + rows(["schedule", *EVERY], lines)
     return text + [f"The rings, `mse`, {epochs} epochs, {args.seeds} seeds; {args.num_samples:,} samples in 64 "
                    "evaluations, mean +- standard deviation over the seeds."]
 

@@ -119,7 +119,7 @@ class Run:
         model = self.kind.build_model(self.config, len(self.members))
         with checkpoints.fitting(self.folder):
             model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
-        return model.to(device).requires_grad_(False)
+        return model.to(device).requires_grad_(False).eval()
 
     def denoiser(self, device="cpu", **options):
         """The network as (z, t) -> x_hat, eps_hat, for z (B, ...), t (): `samplers.denoiser`, which has the options."""

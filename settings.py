@@ -113,6 +113,10 @@ SETTINGS = [
     Setting("mid_blocks", "in the middle", images=None, identity="", argument=dict(type=number(int, 1, 64))),
     Setting("attention", "resolutions that attend, besides the middle", images=None, identity="",
             argument=dict(type=number(int, 0, 4096), nargs="+")),
+    Setting("dropout", "in the UNet's resnet blocks; Ho et al. 2020: 0.1 on CIFAR-10", images=0.0,
+            argument=dict(type=number(float, 0, 0.99))),
+    Setting("flip", "mirror half of the images in training; yes for cifar10, else no", images=None, identity="",
+            argument=dict(action=argparse.BooleanOptionalAction)),
     Setting("precision",
             "of matrix products and convolutions; auto is bf16 on CUDA, and bf16 is good on CPUs that have it",
             images="auto", identity="", argument=dict(choices=["auto", "bf16", "fp32"])),
@@ -140,6 +144,7 @@ EXTRAS = {
     "shape": ("images", True, lambda value: isinstance(value, list) and len(value) == 3 and value[0] in (1, 3)
               and all(type(n) is int and 1 <= n <= 4096 for n in value)),
     "flip": ("images", True, lambda value: isinstance(value, bool)),
+    "images": ("images", False, lambda value: isinstance(value, dict) and value.keys() == {"count", "digest"}),
     "precision": ("images", True, lambda value: value in ("bf16", "fp32")),
     "skips": ("images", True, lambda value: value in ("layer", "block")),
     **{key: ("images", True, None) for key in unet.PRESETS["ddpm"] if key != "skips"},    # None: as the row has it

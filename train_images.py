@@ -1,8 +1,9 @@
 """The training loop for images: AdamW with warm-up, clipped gradients, EMA, bf16, several GPUs (thesis 4.4.4).
 
 `train.py` calls it; read that first, then `unet.py` and `images.py`. Loss, target and schedule are those of the points.
-What step i trains on, its images, flips, times and noise, is a function of (seed, i): a run that was killed goes on
-exactly, and N processes, each with its part of the batch, do what one does with all of it.
+What step i trains on, its images, flips, times, noise and dropout, is a function of (seed, i): a run that was killed
+goes on exactly, and N processes, each with its part of the batch, do what one does with all of it (dropout's draws are
+a process's own).
 
 Not here: sampling and FID (`sample.py`, `metrics.py`).
 """
@@ -10,7 +11,6 @@ import copy
 import functools
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import ddpm
 import images
 import kind_images
 import losses
+import progress
 import run
 import settings
 
@@ -63,8 +64,9 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
               compiled=False, on_step=lambda *facts: None):
     """Train one network on images until it has done `steps` steps or `minutes`; returns its last history entry.
 
-    sets: uint8 images to train and to test on. state: checkpoint to go on from, or None. on_step(step, loss, seconds)
-    is called at every step, on the first process. Writes ckpt.pt and metrics.jsonl at every test and between them about
+    sets: uint8 images to train and to test on. state: checkpoint to go on from, or None. on_step(step, loss, seconds,
+    took) is called at every step, on the first process; took: seconds of the last "test" and "grid", and of "all" of
+    them in this call. Writes ckpt.pt and metrics.jsonl at every test and between them about
     once a minute; samples-<step>.png every `grid_every` steps and at the end. The history is of the averaged weights
     but for the losses in training. SystemExit at the first loss that is not finite, with the last checkpoint kept.
     """
@@ -74,7 +76,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     model, objective = model.to(**channels_last), losses.objective(config)
     data, test = sets[0].to(device), sets[1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
-    ema = copy.deepcopy(model)
+    ema = copy.deepcopy(model).eval()
     # recent: (loss, norm of the gradient, errors, t, importance) since the last test
     step, history, recent, seconds = 0, [], [], 0.0
     if state:
@@ -109,6 +111,12 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
                                               optimizer=optimizer.state_dict(), history=history, seconds=seconds,
                                               recent=[column.cpu() for column in columns()]))
 
+    took = dict(test=None, grid=None, all=0.0)
+
+    def finished(part, since):
+        took[part] = time.perf_counter() - since
+        took["all"] += took[part]
+
     start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
@@ -116,6 +124,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         z, y, w = losses.regression(x, t, eps, **objective)
         z, y, w, t, importance = (c[mine] for c in (z, y, w * importance, t, importance))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
+        torch.manual_seed(run.generator("cpu", config["seed"], "dropout", step, rank).initial_seed())
         with kind_images.autocast(config, device):
             y_hat = network(z, t)
         errors = losses.weighted_error(y_hat, y, w)
@@ -135,9 +144,10 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             distributed.broadcast(flag, 0)
             over = bool(flag)
         if rank == 0:
-            on_step(step, loss.detach(), seconds)
+            on_step(step, loss.detach(), seconds, took)
         due = time.perf_counter() - saved >= SAVE_EVERY
         if step % test_every == 0 or over:
+            since = time.perf_counter()
             check()
             loss, norm, errors, t, importance = columns()
             if world > 1:
@@ -152,34 +162,67 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             seconds = time.perf_counter() - start
             history.append(entry | dict(seconds=round(seconds, 3)))
             recent, due = [], True
+            finished("test", since)
         if due:
             check()
             save()
             saved = time.perf_counter()
         if rank == 0 and (step % grid_every == 0 or over):
-            samples = kind_images.draw(ema, (64, *data.shape[1:]), GRID_STEPS, config,
+            since = time.perf_counter()
+            evaluated = progress.counter("drawing a grid", GRID_STEPS, "evaluations")
+            samples = kind_images.draw(progress.counted(ema, evaluated), (64, *data.shape[1:]), GRID_STEPS, config,
                                        run.generator(device, config["seed"], "grid"), max(config["t_min"], 1e-3))
             images.save_png(images.grid(samples.cpu(), 8), folder / f"samples-{step}.png")
+            finished("grid", since)
     return history[-1]
 
 
-def progress(config, steps, minutes):
-    """A function to be called at every step that shows loss, speed and time left now and then."""
-    start = shown = time.perf_counter()
-    first, terminal = None, sys.stderr.isatty()
+def seconds_left(step, steps, per_step, took, config, tested, test_every, grid_every):
+    """Of a run after `step` steps of `per_step` seconds: other steps, tests and grids -> seconds, of the last two.
 
-    def on_step(step, loss, seconds):
-        nonlocal first, start, shown
-        now = time.perf_counter()
+    Before the first test or grid there is an estimate: a step costs an image what three evaluations do.
+    """
+    per_image = per_step / (3 * config["batch_size"])
+    test = took["test"] or tested * per_image
+    grid = took["grid"] or 64 * GRID_STEPS * per_image
+    times = lambda every: -(-steps // every) - (step - 1) // every     # at multiples from this step on, and the end
+    return (steps - step) * per_step + times(test_every) * test + times(grid_every) * grid, test + grid
+
+
+def reporter(which, config, steps, minutes, tested, test_every, grid_every):
+    """A function to be called at every step that shows loss, speed and time left now and then.
+
+    which: words for the run; tested: its number of test images.
+    """
+    start = shown = time.perf_counter()
+    first = before = None
+
+    def on_step(step, loss, seconds, took):
+        nonlocal first, start, shown, before
         if first is None:                                  # of the first step, which warms up, the clock does not run
-            first, start = step, now
-        elif now - shown > (1 if terminal else 30) or step == steps:
-            rate, shown = (step - first) / (now - start), now
-            left = min((steps - step) / rate, 60 * minutes - seconds)
-            print(f"step {step:,} of {steps:,}  loss {loss.item():.4f}  {rate:.2f} steps/s  "
-                  f"{rate * config['batch_size']:.0f} images/s  {max(left, 0):.0f} s left  ",
-                  end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+            first, start, before = step, time.perf_counter(), took["all"]
+        elif progress.due(start, shown):
+            shown = time.perf_counter()
+            per_step = (shown - start - (took["all"] - before)) / (step - first)
+            left, end = seconds_left(step, steps, per_step, took, config, tested, test_every, grid_every)
+            left = min(left, max(0, 60 * minutes - seconds) + end)
+            progress.say(f"{which}step {step:,} of {steps:,}  loss {loss.item():.4f}  {1 / per_step:.2f} steps/s  "
+                         f"{config['batch_size'] / per_step:.0f} images/s  {left:.0f} s left")
     return on_step
+
+
+def known(folder, config, args):
+    """The config of a run, of a folder of images, as its checkpoint has it: older ones do not say which images.
+
+    SystemExit if the checkpoint was trained on others than the folder has now.
+    """
+    if args.overwrite or "images" not in config or not (folder / "ckpt.pt").exists():
+        return config
+    before, now = run.load(folder)["config"].get("images"), config["images"]
+    if before and before != now:
+        raise SystemExit(f"{folder} was trained on {before['count']:,} images of a folder that now has "
+                         f"{now['count']:,}, or others - bring the old ones back, or train anew with another --out")
+    return config if before else {key: value for key, value in config.items() if key != "images"}
 
 
 def train(args, device):
@@ -192,24 +235,30 @@ def train(args, device):
         raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - "
                          "make it a multiple")
     precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    runs, splits, names = [], {}, list(dict.fromkeys(args.data))
-    for name in names:
+
+    @functools.cache
+    def splits(name, by_name):
         for turn in range(2):                              # the first process downloads and decodes before the others
             if turn == min(rank, 1):
-                splits[name] = [images.load(name, split, args.data_dir, args.image_size, args.skip_corrupt)
-                                for split in ("train", "test")]
+                sets = [images.load(name, split, args.data_dir, args.image_size, args.skip_corrupt, by_name)
+                        for split in ("train", "test")]
             if world > 1:
                 distributed.barrier()
-        if len(splits[name][0]) < args.batch_size:
-            raise SystemExit(f"{name} has {len(splits[name][0])} images to train on, less than a batch - "
-                             "lower --batch-size")
-        args.data, shape = [name], list(splits[name][0].shape[1:])
-        runs += settings.configs(args, shape=shape, flip=shape[0] == 3, precision=precision)
+        if len(sets[0]) < args.batch_size:
+            raise SystemExit(f"{name} has {len(sets[0])} images to train on, less than a batch - lower --batch-size")
+        return sets
+    runs, names = [], list(dict.fromkeys(args.data))
+    for name in names:
+        args.data, shape = [name], list(splits(name, name not in images.IMAGES)[0].shape[1:])
+        more = {} if name in images.IMAGES else dict(images=images.facts(name))
+        flip = name in images.FLIPPED if args.flip is None else args.flip
+        runs += settings.configs(args, shape=shape, flip=flip, precision=precision, **more)
+    runs = [known(Path(args.out) / settings.name(config), config, args) for config in runs]
     if rank == 0:                                          # before any is trained
         run.check(runs, args.out, args.resume, args.overwrite)
     limit = dict(minutes=args.minutes)                     # of the first run, then its number of steps
-    for config in runs:
-        data = splits[config["data"]]
+    for number, config in enumerate(runs, 1):
+        data = splits(config["data"], "images" in config)
         if rank == 0:
             (folder, _, state), = run.begin([config], args.out, args.resume, args.overwrite)
         if world > 1:
@@ -223,19 +272,22 @@ def train(args, device):
             model = kind_images.build_model(config).to(device)
             if rank == 0:
                 print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data[0]):,} images "
-                      f"of {'x'.join(map(str, config['shape']))}, {steps:,} steps in {precision} on "
+                      f"of {'x'.join(map(str, config['shape']))}{', half of them mirrored' * config['flip']}, "
+                      f"{steps:,} steps in {precision} on "
                       f"{run.device_name(device)}" + (f", after step {state['step']:,}" if state else ""), flush=True)
             last = train_run(folder, config, state, device, model, data, steps, limit["minutes"],
                              args.test_every, args.grid_every,
                              args.compile if args.compile is not None else device.type == "cuda",
-                             progress(config, steps, limit["minutes"]))
+                             reporter(f"run {number} of {len(runs)}: " if len(runs) > 1 else "", config, steps,
+                                      limit["minutes"], len(data[1]), args.test_every, args.grid_every))
+        progress.say("")
         if args.minutes < math.inf:                        # so that runs of one call are trained equally long
             limit = dict(minutes=math.inf, steps=last["step"])
         if rank == 0:
             tests = ", ".join(f"{key.removeprefix('test_')} {value:.4g}" for key, value in last.items()
                               if key.startswith("test_"))
             print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; "
-                  f"{last['seconds']:.0f} s")
+                  f"{last['seconds']:.0f} s of training, {progress.seconds():.0f} s in all")
     if rank == 0:
         print("next: " + run.command("sample.py", "--ckpt", folder, "--steps", 500))
     if world > 1:                                          # together: one that left earlier would abort at exit

@@ -3,7 +3,8 @@
 Read `targets.py` first: the network predicts any of its rows, and nothing in it depends on which. Two presets:
 
     ddpm    the CIFAR-10 network of Ho et al. 2020: 128 channels times 1-2-2-2, 2 layers a block, attention at 16 x 16
-            and in the middle; every layer's output is handed over to the way up. 35.7 M parameters
+            and in the middle; every layer's output is handed over to the way up. 35.7 M parameters. They drop out
+            0.1 on CIFAR-10 and nothing on other sets: here that is asked for, --dropout 0.1, and 0 is the default
     thesis  4.2.1: four down, three mid and four up blocks, 6 layers a block, attention everywhere; every down block
             hands over one output. 64 channels times 1-2-2-2: the thesis does not print its channels
 
@@ -61,19 +62,19 @@ class TimeEmbedding(nn.Module):
 
 
 class Resnet(nn.Module):
-    """GroupNorm, SiLU, conv, + projected time embedding, GroupNorm, SiLU, conv, residual (Fig. 4.6)."""
+    """GroupNorm, SiLU, conv, + projected time embedding, GroupNorm, SiLU, dropout, conv, residual (Fig. 4.6)."""
 
-    def __init__(self, n_in, n_out, embedding):
+    def __init__(self, n_in, n_out, embedding, dropout):
         super().__init__()
         self.norm1, self.conv1 = norm(n_in), conv(n_in, n_out)
         self.project = nn.Linear(embedding, n_out)
-        self.norm2, self.conv2 = norm(n_out), zero(conv(n_out, n_out))
+        self.norm2, self.dropout, self.conv2 = norm(n_out), nn.Dropout(dropout), zero(conv(n_out, n_out))
         self.shortcut = conv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
 
     def forward(self, h, embedding):
         residual = self.conv1(F.silu(self.norm1(h)))                                        # (B, n_out, H, W)
         residual = residual + self.project(F.silu(embedding))[:, :, None, None]
-        return self.shortcut(h) + self.conv2(F.silu(self.norm2(residual)))
+        return self.shortcut(h) + self.conv2(self.dropout(F.silu(self.norm2(residual))))
 
 
 class Attention(nn.Module):
@@ -93,9 +94,9 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """A resnet block and, where the resolution has it, an attention block."""
 
-    def __init__(self, n_in, n_out, embedding, attention):
+    def __init__(self, n_in, n_out, embedding, attention, dropout):
         super().__init__()
-        self.resnet = Resnet(n_in, n_out, embedding)
+        self.resnet = Resnet(n_in, n_out, embedding, dropout)
         self.attention = Attention(n_out) if attention else nn.Identity()
 
     def forward(self, h, embedding):
@@ -105,9 +106,10 @@ class Layer(nn.Module):
 class Down(nn.Module):
     """Layers, then half the resolution unless it is the last block. Appends what it hands over to `skips`."""
 
-    def __init__(self, n_in, n_out, embedding, attention, layers, downsample, every):
+    def __init__(self, n_in, n_out, embedding, attention, dropout, layers, downsample, every):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(n_out if i else n_in, n_out, embedding, attention) for i in range(layers))
+        self.layers = nn.ModuleList(
+            Layer(n_out if i else n_in, n_out, embedding, attention, dropout) for i in range(layers))
         self.downsample = conv(n_out, n_out, stride=2) if downsample else None
         self.every = every                       # hand over every layer's output, or one for the whole block
 
@@ -127,9 +129,9 @@ class Down(nn.Module):
 class Mid(nn.Module):
     """Resnet, attention, resnet, at one resolution."""
 
-    def __init__(self, n, embedding):
+    def __init__(self, n, embedding, dropout):
         super().__init__()
-        self.first, self.second = Layer(n, n, embedding, attention=True), Layer(n, n, embedding, attention=False)
+        self.first, self.second = (Layer(n, n, embedding, attends, dropout) for attends in (True, False))
 
     def forward(self, h, embedding):
         return self.second(self.first(h, embedding), embedding)
@@ -138,11 +140,11 @@ class Mid(nn.Module):
 class Up(nn.Module):
     """Double the resolution if the way down halved it, then layers, of which the first ones take a skip each."""
 
-    def __init__(self, n_in, n_out, embedding, attention, layers, upsample, skips):
+    def __init__(self, n_in, n_out, embedding, attention, dropout, layers, upsample, skips):
         super().__init__()
         self.upsample = conv(n_in, n_in) if upsample else None
         inputs = [n + skip for n, skip in zip([n_in] + (layers - 1) * [n_out], skips + layers * [0])]
-        self.layers = nn.ModuleList(Layer(n, n_out, embedding, attention) for n in inputs)
+        self.layers = nn.ModuleList(Layer(n, n_out, embedding, attention, dropout) for n in inputs)
         self.takes = len(skips)
 
     def forward(self, h, embedding, skips):
@@ -157,11 +159,12 @@ class UNet(nn.Module):
     """model(z, t) -> prediction. z (B, image_channels, size, size), t (B,) in [0, 1]; returns z's shape.
 
     attention: resolutions whose blocks attend; 16 means the block of 9 to 16 pixels, also for images of 28 x 28.
-    skips: "layer" or "block", how much the way down hands over to the way up. schedule: see `mlp.MLP`.
+    skips: "layer" or "block", how much the way down hands over to the way up. dropout: probability with which a number
+    inside a resnet block is 0 in training, from torch's global generator. schedule: see `mlp.MLP`.
     """
 
     def __init__(self, image_channels=3, size=32, channels=128, channel_mult=(1, 2, 2, 2), layers=2, mid_blocks=1,
-                 attention=(16,), skips="layer", schedule=None):
+                 attention=(16,), skips="layer", schedule=None, dropout=0.0):
         super().__init__()
         every, embedding, kept = skips == "layer", 4 * channels, [channels]
         self.schedule = schedule
@@ -171,14 +174,14 @@ class UNet(nn.Module):
         for level, multiple in enumerate(channel_mult):
             halves, attends = not every or level + 1 < len(channel_mult), any(size <= a < 2 * size for a in attention)
             n_in, n = n, multiple * channels
-            self.down.append(Down(n_in, n, embedding, attends, layers, halves, every))
+            self.down.append(Down(n_in, n, embedding, attends, dropout, layers, halves, every))
             levels.append((n, attends, halves))
             kept += (layers + halves) * [n] if every else [n]
             size = (size + 1) // 2
-        self.mid.extend(Mid(n, embedding) for _ in range(mid_blocks))
+        self.mid.extend(Mid(n, embedding, dropout) for _ in range(mid_blocks))
         for n_out, attends, halves in reversed(levels):
             taken = [kept.pop() for _ in range(layers + 1 if every else 1)]
-            self.up.append(Up(n, n_out, embedding, attends, layers + every, halves, taken))
+            self.up.append(Up(n, n_out, embedding, attends, dropout, layers + every, halves, taken))
             n = n_out
         self.every = every
         self.output = nn.Sequential(norm(n), nn.SiLU(), zero(conv(n, image_channels)))

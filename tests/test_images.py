@@ -1,4 +1,5 @@
 """Datasets of images: every value, axis and split against what was written by hand, every mistake a user can make."""
+import hashlib
 import io
 import os
 import pickle
@@ -211,18 +212,94 @@ def test_the_square_in_the_middle_is_cut_and_resized(tmp_path):
     assert images.read_folder(tmp_path, image_size=7).shape == (3, 3, 7, 7)
 
 
-def test_a_folder_without_splits_has_a_fixed_tenth_as_its_test_split(tmp_path):
+def below_a_tenth(name):
+    """Is sha256 of a name, as a number in [0, 1), below 0.1?"""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) / 16**64 < 0.1
+
+
+def test_the_test_split_of_a_folder_is_a_tenth_by_the_hash_of_each_name_and_no_image_changes_sides(tmp_path):
+    names = [f"{'abc'[i % 3]}/{i}.png" for i in range(400)]
+    truth = {name: image(2, 3) for name in names}
+    split = {}
+    for n in 150, 400:                                                      # the folder grows
+        for name in names[:n]:
+            put(tmp_path / "set" / name, truth[name])
+        for part in "train", "test":
+            split[n, part] = keys(images.load(tmp_path / "set", part))
+            expected = [name for name in sorted(names[:n]) if below_a_tenth(name) == (part == "test")]
+            assert split[n, part] == keys([chw(truth[name]) for name in expected])
+    assert 20 < len(split[400, "test"]) < 60
+    assert all(set(split[150, part]) < set(split[400, part]) for part in ("train", "test"))
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert keys(images.load(f"{tmp_path}/moved/", "test")) == split[400, "test"]
+
+
+@pytest.mark.parametrize("names", [["0.png", "6.png", "8.png"], ["1.png", "2.png", "3.png"]])
+def test_a_small_folder_has_both_splits(tmp_path, names):
+    """By their hashes all of the first would be test images, and none of the second."""
+    assert {below_a_tenth(name) for name in names} == {"0.png" in names}
+    for name in names:
+        put(tmp_path / name, image(2, 3))
+    train, test = (keys(images.load(tmp_path, part)) for part in ("train", "test"))
+    assert train and test and sorted(train + test) == sorted(keys(images.read_folder(tmp_path)))
+
+
+def test_older_runs_have_a_fixed_random_tenth_as_their_test_split(tmp_path):
     for i in range(45):
         put(tmp_path / f"{'abc'[i % 3]}/{i}.png", image(2, 3))
-    train, test, whole = images.load(tmp_path, "train"), images.load(tmp_path, "test"), images.read_folder(tmp_path)
+    train, test = (images.load(tmp_path, part, by_name=False) for part in ("train", "test"))
+    whole, order = images.read_folder(tmp_path), torch.randperm(45, generator=run.generator("cpu", "split"))
     assert (len(train), len(test)) == (41, 4)
     assert sorted(keys(train) + keys(test)) == sorted(keys(whole)) and len(set(keys(whole))) == 45
-    order = torch.randperm(45, generator=run.generator("cpu", "split"))
     assert torch.equal(test, whole[order[:4].sort().values]) and order[:4].tolist() != order[:4].sort().values.tolist()
-    assert torch.equal(train, images.load(str(tmp_path), "train"))
-    for i in range(3):
-        put(tmp_path / f"three/{i}.png", image(2, 3))
-    assert (len(images.load(tmp_path / "three", "train")), len(images.load(tmp_path / "three", "test"))) == (2, 1)
+
+
+def test_the_facts_of_a_folder_are_those_of_its_names(tmp_path):
+    for i in range(5):
+        put(tmp_path / f"set/a/{i}.png", image(2, 3))
+    before = images.facts(tmp_path / "set")
+    assert before["count"] == 5 and images.facts(f"{tmp_path}/set/") == before
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert images.facts(str(tmp_path / "moved")) == before
+    (tmp_path / "moved/a/4.png").rename(tmp_path / "moved/4.png")
+    renamed = images.facts(tmp_path / "moved")
+    assert renamed["count"] == 5 and renamed["digest"] != before["digest"]
+    put(tmp_path / "moved/a/4.png", image(2, 3))
+    assert images.facts(tmp_path / "moved")["count"] == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_only_files_are_read_and_what_is_left_out_is_counted_once(tmp_path, capsys):
+    x = image(2, 3)
+    put(tmp_path / "1.png", x)
+    os.mkfifo(tmp_path / "pipe.png")                                         # opening it would wait for ever
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere")
+    for name in "a.gif", "b.GIF", "notes.txt", "README", "folder.png/c.gif":
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".hidden").write_bytes(b"")
+    for _ in range(2):
+        assert keys(images.read_folder(tmp_path)) == keys([chw(x)])
+    assert capsys.readouterr().err == (f"left out of {tmp_path}: 3 .gif, 2 .png, 1 .txt, 1 no ending - images are "
+                                       f"files that end in one of {' '.join(images.ENDINGS)}\n")
+
+
+def test_what_is_too_large_or_too_long_is_one_sentence(tmp_path, monkeypatch):
+    put(tmp_path / "1.png", image(2, 3))
+    put(tmp_path / "2.png", image(2, 3))
+    monkeypatch.setattr(images, "fetch", lambda *args: torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    for data in tmp_path, "mnist":
+        with pytest.raises(SystemExit, match="4097 x 4097 pixels are too large - give an --image-size of at most 4096"):
+            images.load(data, "train", image_size=4097)
+    with pytest.raises(SystemExit, match="no folder of images at xxx"):
+        images.load("x" * 5000, "train")
+
+    def full(*args):
+        raise MemoryError
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "empty", lambda shape, *how: full() if shape else np.zeros(0))
+        with pytest.raises(SystemExit, match="not enough memory for 2 images of 3x2x3 - give a smaller"):
+            images.read_folder(tmp_path)
 
 
 def test_subfolders_train_and_test_are_the_splits(tmp_path):

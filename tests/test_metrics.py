@@ -59,6 +59,17 @@ def test_floor_of_the_mean_distance_is_its_closed_form():
     assert 0.02 < mean < 0.06 and 0 < std < mean
 
 
+def test_the_floor_is_of_twenty_pairs_unless_asked_otherwise():
+    class Counting:
+        sizes = []
+
+        def sample(self, n, generator):
+            self.sizes.append(n)
+            return torch.randn(n, 2)
+    metrics.floor(Counting(), 4, 6)
+    assert Counting.sizes == 20 * [4, 6]
+
+
 def test_the_sliced_wasserstein_distance_is_the_mean_over_directions_of_scipys():
     """Order 2 from the quantiles, with 1 point against 3: the transport plan of sorted points, solved as a linear
     programme."""

@@ -50,6 +50,8 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_beyond, "STEPS", [2, 16])
     patch.setattr(reproduce_beyond, "SWEEPS", {"t": [2, 16], "logsnr": [16]})
     patch.setattr(reproduce_beyond, "FEW", [16])
+    patch.setattr(reproduce_beyond, "COMPARED", ["flow", "edm"])
+    patch.setattr(reproduce_beyond, "EVERY", ["u", "F"])
     patch.setattr(samplers, "SAMPLERS", {name: samplers.SAMPLERS[name] for name in ("ancestral", "dpmpp")})
     patch.setattr(study_file, "DRAWS", 4)
     patch.setattr(reproduce_beyond, "DRAWS", 4)
@@ -375,9 +377,24 @@ def test_the_table_of_likelihoods(study):
     assert f"below 1 nat is {said[0]} for the bound" in text and f"and {said[1]} for the flow" in text
 
 
+def test_the_table_of_schedules_is_the_runs_own_numbers(study):
+    folder, _, _ = study
+    text = (folder / "results/beyond/schedules.md").read_text()
+    for sampler, part in zip(("", "-dpmpp-logsnr"), text.split("**dpmpp, grid `logsnr`**")):
+        for schedule in "flow", "edm":
+            values = []
+            for target in "u", "F":
+                runs = [folder / f"runs/schedule-{schedule}-2-epochs/rings-{target}-mse-s{seed}" for seed in (0, 1)]
+                assert all(json.loads((run / "config.json").read_text())["schedule"] == schedule for run in runs)
+                values.append(expected_cell([json.loads((run / f"steps-64-2000{sampler}/metrics.json").read_text())
+                                             ["covariance_distance"] for run in runs]))
+            assert f"| {schedule} | {values[0]} | {values[1]} |" in part
+
+
 def test_every_figure_is_drawn_and_indexed(study):
     folder, drawn, _ = study
-    assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {"table4.1", "table4.2", "steps", "likelihood"}
+    assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {
+        "table4.1", "table4.2", "steps", "likelihood", "schedules"}
     for document, module in reproduce.DOCUMENTS.items():
         index = (folder / "results" / document / "index.md").read_text()
         names = module.RESULTS.keys() - {"table4.2"}

@@ -67,8 +67,8 @@ def test_what_is_given_counts_for_its_kind_and_the_rest_are_its_defaults():
 
 def test_settings_of_the_other_kind_are_refused(capsys):
     for row in settings.SETTINGS:
-        value = {"preset": ["thesis"], "precision": ["bf16"], "skip_corrupt": [], "compile": []}.get(row.name, ["8"])
-        value = ["0.5"] if row.name == "ema" else value
+        value = {"preset": ["thesis"], "precision": ["bf16"], "skip_corrupt": [], "compile": [], "flip": [],
+                 "ema": ["0.5"], "dropout": ["0.5"]}.get(row.name, ["8"])
         option = f"--{row.name.replace('_', '-')}"
         if row.points is settings.ABSENT:
             exits_with_2([option, *value], f"{option} is a setting of images, not of points", capsys)
@@ -88,13 +88,13 @@ def test_a_config_has_the_settings_that_change_a_run():
     assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                              "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",
                              "shape", "flip", "precision", "channels", "channel_mult", "layers", "mid_blocks",
-                             "attention", "skips"}
+                             "attention", "skips", "dropout"}
     args = train.parse(["--data", "cifar10", "--epochs", "7", "--minutes", "3", "--test-every", "5"])
     longer, = settings.configs(args, shape=[3, 32, 32], flip=True, precision="bf16")
     assert longer == images and settings.kind(images) == "images" and settings.kind(points) == "points"
     assert settings.configs(train.parse(["--epochs", "7"])) == [points | {"epochs": 7}]
-    old = {key: value for key, value in images.items() if key not in ("t_density", "ema")}
-    assert settings.completed(old) == images | {"ema": 0.9999}
+    old = {key: value for key, value in images.items() if key not in ("t_density", "ema", "dropout")}
+    assert settings.completed(old) == images | {"ema": 0.9999, "dropout": 0.0}
     assert settings.completed(points | {"lr": 7}) == points | {"lr": 7}
     of_name = {"data", "target", "loss", "seed"}
     assert settings.alike(points) == {key: value for key, value in points.items() if key not in of_name}

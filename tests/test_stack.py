@@ -282,3 +282,7 @@ def test_warming_up_waits_for_what_was_queued_before_and_the_graph_for_the_warmi
     stack.captured(lambda z: events.append("step"), model, torch.optim.Adam(model.parameters()), (torch.zeros(2),))
     assert events == ["side waits for main", "side begins", *3 * ["step"], "side ends", "main waits for side",
                       "graph begins", "step", "graph ends"]
+
+
+def test_a_stack_is_of_eight_networks_on_a_cpu_and_of_the_96_of_the_experiment_elsewhere():
+    assert [stack.size(torch.device(device)) for device in ("cpu", "cuda", "cuda:1", "mps")] == [8, 96, 96, 96]

@@ -32,10 +32,10 @@ SMALL = ["--channels", "8", "--channel-mult", "1", "2", "--layers", "1", "--atte
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """44 colour images of 8 x 8, in two classes: 40 to train on after the tenth for the test."""
+    """44 colour images of 8 x 8, in two classes: 40 to train on, 4 to test on."""
     root, g = tmp_path_factory.mktemp("data") / "squares", np.random.default_rng(0)
     for i in range(44):
-        path = root / f"class{i // 22}" / f"{i:02d}.png"
+        path = root / ("test" if i % 11 == 0 else "train") / f"class{i // 22}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = np.full((8, 8, 3), 40 * (i // 22), np.uint8)
         image[2:6, :4] = g.integers(100, 255, 3)
@@ -135,12 +135,20 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(batches[0][2], batches[1][2])
 
 
-def test_no_flips_of_grey_images(tmp_path):
-    for i in range(20):
-        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"{i}.png")
-    train.main(command(tmp_path, tmp_path / "runs", "--epochs", "1", "--batch-size", "4"))
-    config = run.load(only(tmp_path / "runs"))["config"]
-    assert config["shape"] == [1, 8, 8] and config["flip"] is False
+@pytest.mark.parametrize("name, options, flipped", [
+    ("squares", [], False), ("squares", ["--flip"], True), ("squares", ["--no-flip"], False), ("cifar10", [], True),
+    ("cifar10", ["--no-flip"], False), ("mnist", [], False), ("mnist", ["--flip"], True)])
+def test_only_cifar10_is_mirrored_unless_asked(folder, tmp_path, monkeypatch, capsys, name, options, flipped):
+    """It is in the config, in what training says and in what it does."""
+    data = images.load(str(folder), "train")
+    monkeypatch.setattr(images, "fetch", lambda *args: data)
+    seen, original = [], images.flip
+    monkeypatch.setattr(images, "flip", lambda *args: seen.append(1) or original(*args))
+    name = str(folder) if name == "squares" else name
+    train.main(command(name, tmp_path, "--minutes", "0", "--grid-every", "5", *options))
+    assert run.load(only(tmp_path))["config"]["flip"] is flipped and bool(seen) is flipped
+    out = capsys.readouterr().out
+    assert ("40 images of 3x8x8, half of them mirrored, 2,500 steps" if flipped else "40 images of 3x8x8, 2,500") in out
 
 
 @pytest.mark.parametrize("target, loss", [("v", "mse"), ("x", "nelbo"), ("u", "rescaled")])
@@ -177,7 +185,8 @@ def test_evaluation_is_the_sum_typed_again(target, loss):
 def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeypatch):
     seen, original = [], samplers.sample
     monkeypatch.setattr(samplers, "sample",
-                        lambda model, *args, **kw: seen.append((model.schedule, kw)) or original(model, *args, **kw))
+                        lambda model, *args, **kw: (seen.append((model.__wrapped__.schedule, kw))
+                                                    or original(model, *args, **kw)))
     train.main(command(folder, tmp_path, "--epochs", "1", "--target", "s", "--schedule", "ve", "--t-min", "0.05",
                        "--stabiliser", "0.02", "--seed", "3", "--lr", "1e-12", "--image-size", "6", "--preset",
                        "thesis"))
@@ -196,7 +205,7 @@ def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeyp
     settings = json.loads((only(tmp_path) / "samples/settings.json").read_text())
     assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, sampler="ddim",
                                                 eta=0.5, grid="karras", t_min=0.1, clip=True, sampling_seed=7,
-                                                batch_size=2, precision="fp32")
+                                                batch_size=2, precision="fp32", device="cpu")
     with kind_images.autocast(dict(precision="bf16"), torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu")
 
@@ -210,29 +219,129 @@ def test_several_sets_in_one_call(folder, tmp_path):
 
 def killed(monkeypatch, argv, step):
     """Run train.main and kill it after a step."""
-    def progress(*args):
+    def reporter(*args):
         def on_step(done, *facts):
             if done == step:
                 raise KeyboardInterrupt
         return on_step
-    monkeypatch.setattr(train_images, "progress", progress)
+    monkeypatch.setattr(train_images, "reporter", reporter)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv)
     monkeypatch.undo()
 
 
-def test_a_killed_run_goes_on_exactly(trained, folder, tmp_path, monkeypatch):
-    """Killed between two tests, saved at every step: the same weights, averages and history as in one go."""
+@pytest.mark.parametrize("step, kept", [(6, 0), (8, 1)])
+def test_a_killed_run_goes_on_exactly(trained, folder, tmp_path, monkeypatch, step, kept):
+    """Killed after an epoch and amid one, with steps since the last test: weights and history as in one go."""
     argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "2", "--grid-every", "5")
     monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
-    killed(monkeypatch, argv, 6)
+    killed(monkeypatch, argv, step)
     state = run.load(only(tmp_path))
-    assert state["step"] == 5 and len(state["history"]) == 2 and len(state["recent"][0]) == 1
+    assert state["step"] == step - 1 and len(state["history"]) == (step - 1) // 2 and len(state["recent"][0]) == 1
     train.main([*argv, "--resume"])
     whole, resumed = run.load(trained), run.load(only(tmp_path))
     assert all(torch.equal(whole[part][key], resumed[part][key]) for part in ("model", "ema") for key in whole[part])
     drop = lambda entries: [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
     assert drop(whole["history"]) == drop(resumed["history"]) and resumed["seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def dropped(folder, tmp_path_factory):
+    """`trained` with dropout, and a copy of its folder killed after 7 of the 10 steps."""
+    out, argv = tmp_path_factory.mktemp("runs"), ["--epochs", "2", "--dropout", "0.3", "--grid-every", "50"]
+    train.main(command(folder, out / "whole", *argv))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_images, "SAVE_EVERY", 0)
+        killed(patch, command(folder, out / "killed", *argv), 8)
+    return out, argv
+
+
+@pytest.mark.parametrize("lost", [None, "exp_avg", "exp_avg_sq", "ema", "step"])
+def test_dropout_goes_on_exactly_and_without_the_restored_state_it_does_not(folder, tmp_path, dropped, lost):
+    out, argv = dropped
+    shutil.copytree(out / "killed", tmp_path / "again")
+    state = run.load(only(tmp_path / "again"))
+    assert state["step"] == 7                              # amid the second epoch
+    if lost in ("exp_avg", "exp_avg_sq"):
+        for moments in state["optimizer"]["state"].values():
+            moments[lost].zero_()
+    elif lost == "ema":
+        state["ema"] = state["model"]
+    elif lost:
+        state["step"] = 6
+    run.save(only(tmp_path / "again") / "ckpt.pt", {key: value for key, value in state.items() if key != "format"})
+    train.main(command(folder, tmp_path / "again", *argv, "--resume"))
+    whole, resumed = run.load(only(out / "whole")), run.load(only(tmp_path / "again"))
+    equal = [torch.equal(whole[part][key], resumed[part][key]) for part in ("model", "ema") for key in whole[part]]
+    assert all(equal) if lost is None else not all(equal)
+
+
+def test_dropout_is_of_training_alone_and_differs_from_step_to_step(trained, folder, dropped, monkeypatch):
+    """0.3 of what the last convolution of a block sees are 0, the others 1 / 0.7; tests and samples drop nothing."""
+    opened = run.open(only(dropped[0] / "whole"))
+    assert opened.config["dropout"] == 0.3 and run.open(trained).config["dropout"] == 0.0
+    model, z, t = opened.model(), torch.randn(2, 3, 8, 8), torch.tensor([0.1, 0.9])
+    assert not model.training and torch.equal(model(z, t), model(z, t))
+    block, seen = model.down[0].layers[0].resnet, {}
+    block.norm2.register_forward_hook(lambda module, args, out: seen.update(before=torch.nn.functional.silu(out)))
+    block.conv2.register_forward_pre_hook(lambda module, args: seen.update(after=args[0]))
+    model(z, t)
+    assert torch.equal(seen["before"], seen["after"])
+    model.train()(z, t)
+    off = seen["after"] == 0
+    assert abs(off.float().mean() - 0.3) < 0.06            # 4 standard deviations of 1,024 draws
+    assert_close(seen["after"], seen["before"] / 0.7 * ~off)
+    assert sum(isinstance(part, torch.nn.Dropout) and part.p == 0.3 for part in model.modules()) == \
+        sum(isinstance(part, unet.Resnet) for part in model.modules())
+    draws, original = [], train_images.get_ema_multi_avg_fn
+    monkeypatch.setattr(train_images, "get_ema_multi_avg_fn",
+                        lambda decay: draws.append(torch.rand(()).item()) or original(decay))
+    modes, test = [], kind_images.test
+    monkeypatch.setattr(kind_images, "test", lambda model, *args: modes.append(model.training) or test(model, *args))
+    train.main(command(folder, dropped[0] / "other", "--epochs", "1", "--dropout", "0.3", "--grid-every", "50"))
+    assert len(set(draws)) == 5 and modes == [False]       # the generator that dropout draws from, after each step
+
+
+def grown(folder, tmp_path):
+    """A copy of the folder without its two splits, and a run of a step on it."""
+    for path in folder.rglob("*.png"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "set")
+    argv = command(tmp_path / "set", tmp_path / "runs", "--epochs", "1", "--grid-every", "50")
+    train.main(argv)
+    return argv, only(tmp_path / "runs")
+
+
+def test_a_run_is_not_resumed_on_a_folder_that_has_grown(folder, tmp_path):
+    argv, out = grown(folder, tmp_path)
+    assert run.load(out)["config"]["images"] == images.facts(tmp_path / "set")
+    before = (out / "ckpt.pt").read_bytes()
+    shutil.copy(tmp_path / "set/01.png", tmp_path / "set/99.png")
+    with pytest.raises(SystemExit, match="was trained on 44 images of a folder that now has 45, or others - bring"):
+        train.main([*argv, "--resume"])
+    (tmp_path / "set/02.png").unlink()                     # as many as before, but others
+    with pytest.raises(SystemExit, match="44 images of a folder that now has 44, or others"):
+        train.main([*argv, "--resume"])
+    assert (out / "ckpt.pt").read_bytes() == before
+    train.main([*argv, "--overwrite"])
+    assert run.load(out)["config"]["images"] == images.facts(tmp_path / "set")
+
+
+def test_a_run_from_before_goes_on_with_the_images_and_settings_it_had(folder, tmp_path, monkeypatch):
+    """Its config has neither `images` nor `dropout`, and `flip` for every set in colour: the split is the old one."""
+    argv, out = grown(folder, tmp_path)
+    state = run.load(out)
+    old = {key: value for key, value in state["config"].items() if key not in ("images", "dropout")} | dict(flip=True)
+    run.save(out / "ckpt.pt", {**state, "config": old})
+    seen, original = [], train_images.train_run
+    monkeypatch.setattr(train_images, "train_run", lambda *args: seen.append(args[5]) or original(*args))
+    train.main([*argv, "--epochs", "2", "--resume", "--flip"])
+    (data, test), = seen
+    assert torch.equal(data, images.load(tmp_path / "set", "train", by_name=False)) and len(test) == 4
+    assert run.load(out)["step"] == 10 and "images" not in run.load(out)["config"]
+    opened = run.open(out)
+    assert torch.equal(kind_images.load(opened.config), test) and opened.config["dropout"] == 0.0
+    assert not torch.equal(images.load(tmp_path / "set", "test"), test)
 
 
 def test_more_epochs_go_on_from_a_finished_run(trained, folder, tmp_path):
@@ -417,8 +526,8 @@ def test_sampling_goes_on_with_what_is_missing(drawn, monkeypatch):
     assert len(batches) == 1 and {path.name: path.read_bytes() for path in out.glob("samples/*.png")} == before
     sample.main([*argv, "--num-samples", "13"])            # one more: the image 8 ... 11 and 12 ... 15
     assert len(batches) == 3 and len(list(out.glob("samples/*.png"))) == 13
-    sample.main([*argv, "--num-samples", "5"])             # fewer: the rest would count in a FID
-    assert len(batches) == 3 and len(list(out.glob("samples/*.png"))) == 5
+    sample.main([*argv, "--num-samples", "5"])             # fewer: nothing is drawn, nothing goes
+    assert len(batches) == 3 and len(list(out.glob("samples/*.png"))) == 13
 
 
 def test_images_of_other_settings_are_kept(drawn):
@@ -430,6 +539,62 @@ def test_images_of_other_settings_are_kept(drawn):
     sample.main([*argv, "--steps", "2", "--overwrite", "--num-samples", "2", "--no-clip"])
     assert (out / "samples/00000.png").read_bytes() != before and len(list(out.glob("samples/*.png"))) == 2
     assert json.loads((out / "samples/settings.json").read_text())["clip"] is False
+
+
+def test_foreign_files_among_the_samples_stay_and_are_not_counted(drawn, monkeypatch, capsys):
+    """With fewer images, with more, with other settings and --overwrite; FID is of the first n that were drawn."""
+    argv, out = drawn
+    foreign = ["holiday.png", "1.png", "00003.jpg", "000x1.png", "00001.png.bak.png"]
+    for name in foreign:
+        Image.fromarray(np.full((20, 30, 3), 9, np.uint8)).save(out / "samples" / name)
+    before = {name: (out / "samples" / name).read_bytes() for name in foreign}
+    counted = []
+    monkeypatch.setattr(metrics, "enough_images", lambda *args: None)
+    monkeypatch.setattr(metrics, "inception", lambda weights, device: Features())
+    monkeypatch.setattr(metrics, "statistics", lambda x, *args: counted.append(x) or (torch.ones(3), torch.eye(3), 7))
+    for options, n, there in (["--num-samples", "6"], 6, 10), (["--num-samples", "12"], 12, 12), \
+            (["--steps", "2", "--overwrite", "--num-samples", "4"], 4, 4):
+        sample.main([*argv, *options, "--fid", "--data-dir", str(out / "cache")])
+        assert {name: (out / "samples" / name).read_bytes() for name in foreign} == before
+        own = sorted(path for path in out.glob("samples/0[0-9][0-9][0-9][0-9].png"))
+        assert [path.name for path in own] == [f"{i:05d}.png" for i in range(there)]
+        first = torch.stack([torch.tensor(np.array(Image.open(path))).permute(2, 0, 1) for path in own[:n]])
+        assert torch.equal(counted[-1], first)
+        assert ("holds 10 images: the first 6 count" in capsys.readouterr().out) == (n == 6)
+    assert json.loads((out / "metrics.json").read_text())["num_samples"] == 4
+
+
+def test_a_numbered_image_that_was_not_drawn_is_in_the_way(trained, tmp_path):
+    """Without settings.json beside it nothing says that sample.py wrote it: --overwrite does not touch it either."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/00001.png").write_bytes(b"mine")
+    for option in [], ["--overwrite"]:
+        with pytest.raises(SystemExit, match="00001.png was not drawn by sample.py and is in the way - move it"):
+            sample.main(["--ckpt", str(trained), "--steps", "2", "--num-samples", "3", "--out", str(tmp_path), *option])
+    assert (tmp_path / "samples/00001.png").read_bytes() == b"mine" and len(list(tmp_path.rglob("*"))) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
+def test_images_with_damaged_settings_are_kept(drawn, content):
+    argv, out = drawn
+    (out / "samples/settings.json").write_text(content)
+    with pytest.raises(SystemExit, match="10 images of other settings"):
+        sample.main(argv)
+    assert len(list(out.glob("samples/*.png"))) == 10
+
+
+def test_the_device_is_one_of_the_settings_of_samples(drawn):
+    """The noise is a device's own. Older samples do not say which it was."""
+    argv, out = drawn
+    path = out / "samples/settings.json"
+    settings = json.loads(path.read_text())
+    assert settings["device"] == "cpu"
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "device"}))
+    sample.main(argv)
+    assert json.loads(path.read_text()) == settings
+    path.write_text(json.dumps(settings | dict(device="cuda")))
+    with pytest.raises(SystemExit, match="10 images of other settings"):
+        sample.main(argv)
 
 
 def test_clipping_is_optional(trained, tmp_path, monkeypatch):
@@ -591,27 +756,51 @@ def test_the_network_of_images_that_are_not_square_attends_by_their_longer_side(
     """8 x 16 with attention at 16: the first block, and not the second."""
     torch.manual_seed(0)
     config = dict(shape=[3, 8, 16], schedule="cosine", channels=8, channel_mult=[1, 2], layers=1, mid_blocks=1,
-                  attention=[16], skips="layer")
+                  attention=[16], skips="layer", dropout=0.0)
     model = kind_images.build_model(config)
     assert [isinstance(block.layers[0].attention, unet.Attention) for block in model.down] == [True, False]
     assert model(torch.zeros(2, 3, 8, 16), torch.full((2,), 0.5)).shape == (2, 3, 8, 16)
 
 
-def test_the_statistics_of_the_data_have_a_file_for_every_set_split_size_and_network(folder, tmp_path, monkeypatch):
+def test_the_statistics_of_the_data_have_a_file_for_what_changes_them(folder, tmp_path, monkeypatch):
     """All that changes what Inception sees, or Inception, changes the file's name; a run's loss does not."""
     monkeypatch.setattr(metrics, "reference_statistics", lambda path, *rest: path)
-    (tmp_path / "squares").mkdir()
-    config = dict(data=str(folder), shape=[3, 8, 8], image_size=None, skip_corrupt=False, loss="mse")
+    shutil.copytree(folder, tmp_path / "squares")
+    data, network = tmp_path / "squares", Features()
+    config = dict(data=str(data), shape=[3, 8, 8], image_size=None, skip_corrupt=False, loss="mse", images={})
 
-    def path(*options, **changed):
-        return kind_images.reference(config | changed, None, sample.parse(["--data-dir", str(tmp_path), *options]))
-    test, mine, yours = (["--fid-split", "test"],
-                         *(["--inception-weights", f"{name}.pth"] for name in ("mine", "yours")))
-    small = dict(shape=[3, 6, 6], image_size=6)
-    paths = [path(), path(*test), path(*mine), path(*yours), path(skip_corrupt=True), path(**small),
-             path(shape=[3, 6, 8]), path(data=str(tmp_path / "squares")), path(data="cifar10"),
-             path(*test, data="cifar10"), path(data="cifar10", **small), path(data="fashion_mnist")]
-    assert len(set(paths)) == 12 and {other.parent for other in paths} == {tmp_path}
-    assert path(loss="nelbo") == paths[0]
-    monkeypatch.chdir(folder.parent)
-    assert path(data=folder.name) == paths[0]              # one folder, however it is written
+    def path(*options, network=network, **changed):
+        return kind_images.reference(config | changed, network, sample.parse(["--data-dir", str(tmp_path), *options]))
+    test, small, other = ["--fid-split", "test"], dict(shape=[3, 6, 6], image_size=6), Features()
+    other.scale.data += 1e-6                               # another file of weights, whatever its name
+    paths = [path(), path(*test), path(network=other), path(skip_corrupt=True), path(**small), path(shape=[3, 6, 8]),
+             path(data=str(folder)), path(data="cifar10"), path(*test, data="cifar10"), path(data="cifar10", **small),
+             path(data="fashion_mnist"), path(data="cifar10", network=other)]
+    assert len(set(paths)) == 12 and {place.parent for place in paths} == {tmp_path}
+    assert path(loss="nelbo") == path(network=Features()) == paths[0]
+    monkeypatch.chdir(tmp_path)
+    assert path(data="squares") == paths[0]                # one folder, however it is written
+    one = next(data.rglob("*.png"))
+    os.utime(one, ns=(1, 1))                               # written anew
+    touched = path()
+    one.rename(one.with_name("renamed.png"))
+    renamed = path()
+    (data / "more.png").write_bytes(b"1")
+    assert len({paths[0], touched, renamed, path()}) == 4
+    config.pop("images")                                   # the old split
+    assert path() not in paths
+
+
+def test_the_digest_is_of_every_byte():
+    x = torch.arange(6.0)
+    assert kind_images.digest(x) == kind_images.digest(x.clone()) != kind_images.digest(x, x)
+    assert len({kind_images.digest(x.index_add(0, torch.tensor([i]), torch.tensor([1e-6]))) for i in (0, 1, 2)}) == 3
+    assert kind_images.digest(torch.tensor(0)) != kind_images.digest(torch.tensor(1))
+
+
+def test_points_and_images_have_the_same_names_in_their_history(trained, tmp_path):
+    train.main(["--epochs", "1", "--batch-size", "25000", "--width", "8", "--out", str(tmp_path), "--device", "cpu"])
+    points, last = history(only(tmp_path))[-1], history(trained)[-1]
+    assert {key for key in points if not key.startswith("optimum")} <= last.keys()
+    assert last.keys() - points.keys() == {"gradient_norm", "test_mse", "test_nelbo_stable"}
+    assert len(points["train_loss_over_t"]) == len(last["train_loss_over_t"])
