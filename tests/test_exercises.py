@@ -5,11 +5,16 @@
 The last test solves them all, and spoils each, to see that the checks can pass and fail.
 """
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import datasets2d
 import losses
 import metrics
 import samplers
@@ -67,9 +72,21 @@ def check_schedule():
     assert_close((schedule.alpha(T) / schedule.sigma(T)).log() * 2, 10 - 20 * T)
 
 
+def check_dataset():
+    """Two half circles, (cos u, sin u) and (1 - cos u, 0.5 - sin u), and noise 0.1, standardised."""
+    data = DATASETS["moons"]
+    u = math.pi * (torch.arange(len(data.centres) // 2, dtype=F64) + 0.5) / (len(data.centres) // 2)
+    x, y = torch.cat([u.cos(), 1 - u.cos()]), torch.cat([u.sin(), 0.5 - u.sin()])
+    scale = torch.stack([x, y]).var(1, correction=0).add(0.1**2).sqrt()
+    expected = torch.stack([x - x.mean(), y - y.mean()], 1) / scale
+    assert len(u) >= 100
+    assert_close(data.centres[data.centres[:, 0].sort().indices], expected[expected[:, 0].sort().indices])
+    assert_close(data.std, 0.1 / scale)
+
+
 EXERCISES = {"loss": (losses.LOSSES, "min_snr", check_loss), "target": (targets.TARGETS, "diff", check_target),
              "sampler": (samplers.SAMPLERS, "ddim_half", check_sampler),
-             "schedule": (SCHEDULES, "sigmoid", check_schedule)}
+             "schedule": (SCHEDULES, "sigmoid", check_schedule), "dataset": (DATASETS, "moons", check_dataset)}
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -80,10 +97,12 @@ def test_exercise(name):
     check()
 
 
+MIN_SNR = """
 def min_snr(target, alpha, sigma, det, dlogsnr):
     return torch.clamp((alpha / sigma)**2, max=5) * (sigma / det)**2
 
-
+"""
+DDIM_HALF = """
 def ddim_half(denoise, z, times, schedule, noise):
     for t, s in zip(times, times[1:]):
         m = (t + s) / 2
@@ -92,14 +111,42 @@ def ddim_half(denoise, z, times, schedule, noise):
         z = schedule.alpha(s) * x_hat + schedule.sigma(s) * eps_hat
     return denoise(z, times[-1])[0]
 
+"""
+MOONS = """
+def moons(n=1000):
+    u = line(0, math.pi, n)
+    upper = torch.stack([u.cos(), u.sin()], 1)
+    return torch.cat([upper, torch.tensor([1.0, 0.5], dtype=torch.float64) - upper]), 0.1
+
+"""
+TYPED = [  # file, what stands there, what is typed before it or, into a table, after it: each new row comes first
+    ("losses.py", "\nLOSSES = {", MIN_SNR, '"min_snr": min_snr, '),
+    ("targets.py", "\nTARGETS = {", "", '"diff": lambda alpha, sigma, d: (-alpha, sigma), '),
+    ("samplers.py", "\nSAMPLERS = {", DDIM_HALF, '"ddim_half": ddim_half, '),
+    ("samplers.py", "\nEVALUATIONS = {", "", '"ddim_half": 2, '),
+    ("ddpm.py", "\nSCHEDULES = {", "",
+     '"sigmoid": Schedule(lambda t: 10 - 20 * t, lambda t: torch.full_like(t, -20.0)), '),
+    ("datasets2d.py", "\nDATASETS = {", MOONS, ""),
+    ("datasets2d.py", "for shape in (", "", "moons, "),
+]
+
+
+def typed(source, *names):
+    """What the source of a solution defines."""
+    space = {"torch": torch, "math": math, "line": datasets2d.line}
+    exec(source, space)
+    return [space[name] for name in names]
+
 
 def test_the_exercises_can_be_solved_and_failed(monkeypatch):
     from ddpm import Schedule
     constant = lambda t: torch.full_like(t, -20.0)
+    (min_snr,), (ddim_half,), (moons,) = typed(MIN_SNR, "min_snr"), typed(DDIM_HALF, "ddim_half"), typed(MOONS, "moons")
     right = {"loss": min_snr, "target": lambda alpha, sigma, d: (-alpha, sigma), "sampler": ddim_half,
-             "schedule": Schedule(lambda t: 10 - 20 * t, constant)}
+             "schedule": Schedule(lambda t: 10 - 20 * t, constant), "dataset": datasets2d.standardised(*moons())}
     wrong = {"loss": lambda *c: min_snr(*c) / 2, "target": lambda alpha, sigma, d: (alpha, -sigma),
-             "sampler": samplers.ddim, "schedule": Schedule(lambda t: 10 - 19 * t, constant)}
+             "sampler": samplers.ddim, "schedule": Schedule(lambda t: 10 - 19 * t, constant),
+             "dataset": datasets2d.standardised(moons()[0], 0.2)}
     monkeypatch.setitem(samplers.EVALUATIONS, "ddim_half", 2)
     for name, (table, row, check) in EXERCISES.items():
         monkeypatch.setitem(table, row, right[name])
@@ -107,3 +154,24 @@ def test_the_exercises_can_be_solved_and_failed(monkeypatch):
         monkeypatch.setitem(table, row, wrong[name])
         with pytest.raises((AssertionError, ValueError)):
             check()
+
+
+def test_recipes_typed_into_the_files_work_and_leave_the_tests_green(tmp_path):
+    """Each new row is the first of its table; then train and sample with all five, and some tests of every table."""
+    root = Path(__file__).parent.parent
+    shutil.copytree(root, tmp_path / "project", ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "data"))
+    for file, there, before, after in TYPED:
+        path = tmp_path / "project" / file
+        text = path.read_text()
+        assert text.count(there) == 1
+        path.write_text(text.replace(there, f"{before}{there}{after}"))
+    run = lambda *words: subprocess.run([sys.executable, *words], cwd=tmp_path / "project", text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = run("train.py", "--data", "moons", "--target", "diff", "--loss", "min_snr", "--schedule", "sigmoid",
+                 "--epochs", "1", "--batch-size", "25000", "--width", "8")
+    assert result.returncode == 0 and "moons-diff-min_snr-s0: test loss" in result.stdout, result.stdout
+    result = run("sample.py", "--sampler", "ddim_half", "--steps", "3", "--num-samples", "100")
+    assert result.returncode == 0 and "covariance distance" in result.stdout, result.stdout
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_targets.py", "tests/test_settings.py",
+                 "tests/test_datasets2d.py", "tests/test_exercises.py", "-k", "not recipes and not slow")
+    assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout
