@@ -544,12 +544,13 @@ def test_on_mps_which_has_no_log_ndtr_it_is_computed_on_the_cpu_and_comes_back(m
             return moved
 
         def to(self, device):
+            back.append(device.type)
             moved = self.cpu()
             moved.at = str(device)
             return moved
-    places, original = [], torch.special.log_ndtr
+    places, back, original = [], [], torch.special.log_ndtr
     monkeypatch.setattr(torch.special, "log_ndtr", lambda x: places.append(x.device.type) or original(x))
     x, mean = torch.linspace(-1, 1, 256), torch.tensor(0.1)
     expected = likelihood.log_prob_level(x, mean, 0.2)
     result = likelihood.log_prob_level(x.as_subclass(Mps), mean, 0.2)
-    assert places == 6 * ["cpu"] and torch.equal(result.as_subclass(torch.Tensor), expected)
+    assert places == 6 * ["cpu"] and back == 3 * ["mps"] and torch.equal(result.as_subclass(torch.Tensor), expected)
