@@ -211,6 +211,7 @@ def test_a_folder_for_results_that_cannot_be_written_is_known_before_sampling(fo
 def test_only_a_full_disk_is_told_to_make_room():
     for code, room in (errno.ENOSPC, True), (errno.EDQUOT, True), (errno.ENOTDIR, False), (errno.EACCES, False):
         assert ("make room or choose another" in str(checkpoints.cannot_write("x", OSError(code, "why")))) == room
+    assert str(checkpoints.cannot_write("x", OSError(errno.EMFILE, "why"))).endswith("train fewer runs in one call")
 
 
 def test_a_command_can_be_typed_whatever_the_folder_is_called():
