@@ -35,9 +35,10 @@ LOCKED = {}                            # folders of this process: path -> file d
 
 def cannot_write(path, error):
     """The SystemExit for an OSError while writing."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    room = "make room or choose another folder with --out"
+    cures = {errno.ENOSPC: room, errno.EDQUOT: room, errno.EMFILE: "train fewer runs in one call"}
     return SystemExit(f"cannot write {path}: {error.strerror} - what was there before is kept; "
-                      f"{'make room or ' * full}choose another folder with --out")
+                      + cures.get(error.errno, "choose another folder with --out"))
 
 
 def write(path, data):

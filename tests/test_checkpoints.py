@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_any_flipped_byte_is_noticed(folder):
             run.load(folder)
     path.write_bytes(whole[:-checkpoints.SIGNATURE])               # the digest alone is gone
     with pytest.raises(SystemExit, match="is not a checkpoint of this project"):
+        run.load(folder)
+
+
+def test_a_compressed_file_is_not_unpacked(folder):
+    """A small one could be of any size when unpacked; torch writes none."""
+    with zipfile.ZipFile(OLD / folder.name / "ckpt.pt") as old, \
+            zipfile.ZipFile(folder / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(SystemExit, match="cannot read"):
         run.load(folder)
 
 
@@ -200,6 +211,7 @@ def test_a_folder_for_results_that_cannot_be_written_is_known_before_sampling(fo
 def test_only_a_full_disk_is_told_to_make_room():
     for code, room in (errno.ENOSPC, True), (errno.EDQUOT, True), (errno.ENOTDIR, False), (errno.EACCES, False):
         assert ("make room or choose another" in str(checkpoints.cannot_write("x", OSError(code, "why")))) == room
+    assert str(checkpoints.cannot_write("x", OSError(errno.EMFILE, "why"))).endswith("train fewer runs in one call")
 
 
 def test_a_command_can_be_typed_whatever_the_folder_is_called():
@@ -211,5 +223,10 @@ def test_the_same_process_may_lock_a_folder_twice(tmp_path):
     checkpoints.lock(tmp_path)
     checkpoints.lock(tmp_path / ".." / tmp_path.name)
     assert len(checkpoints.LOCKED) == 1
+    held = checkpoints.LOCKED.copy()
+    checkpoints.LOCKED.clear()                                     # another process of this code
+    with pytest.raises(SystemExit, match="another process is training"):
+        checkpoints.lock(tmp_path)
+    checkpoints.LOCKED.update(held)
     checkpoints.unlock()
     assert checkpoints.LOCKED == {}

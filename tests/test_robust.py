@@ -170,6 +170,9 @@ def edits(kind, state):
     entry, weight = state["history"][0], next(iter(state["model"]))
     found |= {f"history {change}": state | {"history": [entry | change]}
               for change in ({"test_loss": "x"}, {"seconds": {}}, {"a": [[1]]}, {"train_loss_over_t": ["x"]})}
+    if kind == "rings":
+        short = {key: value[:, :1] if value.ndim else value for key, value in state["optimizer"][0].items()}
+        found["moments"] = state | {"optimizer": state["optimizer"] | {0: short}}
     short = dict(entry)
     del short["test_loss"]
     return found | {

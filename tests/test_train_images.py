@@ -1,4 +1,5 @@
 """Training on images: the loop typed a second time, resume, processes, tests of a run, mistakes."""
+import itertools
 import json
 import os
 import shutil
@@ -343,6 +344,20 @@ def test_a_run_from_before_goes_on_with_the_images_and_settings_it_had(folder, t
     opened = run.open(out)
     assert torch.equal(kind_images.load(opened.config), test) and opened.config["dropout"] == 0.0
     assert not torch.equal(images.load(tmp_path / "set", "test"), test)
+
+
+def test_a_run_saved_before_its_first_test_ends_though_it_is_resumed_with_fewer_epochs(folder, tmp_path, monkeypatch):
+    """It has done more steps than it is to have, and no test: one more step, a test, and the end."""
+    argv = command(folder, tmp_path, "--test-every", "100")
+    monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
+    killed(monkeypatch, [*argv, "--epochs", "2"], 8)
+    assert run.load(only(tmp_path))["step"] == 7 and run.load(only(tmp_path))["history"] == []
+    original, calls = train_images.batch, itertools.count(1)
+    monkeypatch.setattr(train_images, "batch",
+                        lambda *args: pytest.fail("endless") if next(calls) > 3 else original(*args))
+    train.main([*argv, "--epochs", "1", "--resume"])
+    state = run.load(only(tmp_path))
+    assert state["step"] == 8 and [entry["step"] for entry in state["history"]] == [8]
 
 
 def test_more_epochs_go_on_from_a_finished_run(trained, folder, tmp_path):
