@@ -19,8 +19,10 @@ import ddpm
 import images
 import losses
 import metrics
+import movie
 import run
 import samplers
+import tables
 import unet
 
 TESTED = 250          # test images at once
@@ -99,6 +101,12 @@ def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
     return images.to_uint8(x)
 
 
+def first_grid(z):
+    """The first images of (B, C, H, W), in [-1, 1] or noise, as a frame of a film: 64 where they are small."""
+    columns = max(1, min(8, 320 // z.shape[3]))
+    return images.grid(images.to_uint8(z[:columns**2]), columns)
+
+
 def draw_folder(folder, one, n, args, device):
     """Write n images as folder/00000.png ... -> settings, seconds.
 
@@ -125,12 +133,17 @@ def draw_folder(folder, one, n, args, device):
         model = torch.compile(model) if n >= 2048 else model          # compiling takes a minute
     have, size = {path.name for path in present}, args.batch_size
     names = [f"{i:05d}.png" for i in range(n)]
-    missing = [i for i in range(0, n, size) if not have.issuperset(names[i:i + size])]
+    missing = [i for i in range(0, n, size) if not have.issuperset(names[i:i + size]) or args.movie and i == 0]
+    film = movie.Film(one.schedule, args.steps, lambda z: z[:64])
     start = time.perf_counter()
     for count, i in enumerate(missing, 1):
         generator = run.generator(device, args.seed, "sample", i)
-        x = draw(model, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
+        watched = film.watch(model) if args.movie and i == 0 else model
+        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
                  **args.how).cpu()
+        if watched is not model:
+            frames = [*film.frames, (0.0, images.to_float(x))]
+            movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")
         for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)
         rate = count * size / (time.perf_counter() - start)
@@ -165,6 +178,7 @@ def sample(chosen, args, device):
     if args.fid:
         metrics.enough_images(n)                                      # before any is drawn
         network = metrics.inception(args.inception_weights, device)
+    lines = []
     for one, out in chosen:
         if args.fid:
             statistics = reference(one.config, network, args)
@@ -181,7 +195,10 @@ def sample(chosen, args, device):
                   f"{', clipped' if args.clip else ''}) against {statistics[2]:,} images of {one.config['data']}, "
                   f"{args.fid_split} split")
         run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
-        print(f"wrote samples/, samples.png and metrics.json to {out}/")
+        print(f"wrote samples/, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/")
+        lines.append({"run": str(one.folder), "images": n, "steps": args.steps, **args.how, "fid": result.get("fid"),
+                      "test loss": result["test_loss"], "seconds": round(seconds, 1)})
+    tables.show(lines, args.csv)
 
 
 def test_examples(config, num, device, data_dir="data"):

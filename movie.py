@@ -1,7 +1,7 @@
 """Films of sampling: what a network is given, from noise to data, as a GIF.
 
-Read `samplers.py` first. A sampler shows its state z to the network at every evaluation; so a network that notes what it
-is given, `Film.watch`, films any sampler, grid, target and schedule. z is shown divided by sqrt(alpha^2 + sigma^2),
+Read `samplers.py` first. A sampler shows its state z to the network at every evaluation; so a network that notes what
+it is given, `Film.watch`, films any sampler, grid, target and schedule. z is shown divided by sqrt(alpha^2 + sigma^2),
 which keeps it in sight where the noise of a schedule is up to 80.
 
 Points are drawn as soft dots, by adding up their weights on the pixels: sixty frames of matplotlib would take longer
@@ -21,6 +21,11 @@ import run
 FRAMES, POINTS, LIMIT = 60, 2000, 2_000_000    # at most: frames, points of a run that are kept, bytes of a file
 SECONDS, PAUSE = 3.0, 1.5                      # of the motion, and of its end
 SIZE, SHADES = 300, 16                         # pixels of a panel of points, from -3 to 3; shades of its colour
+
+
+def scale(schedule, t):
+    """The standard deviation of z for standardised data, by which it is shown: t (...) -> (...)."""
+    return (schedule.alpha(t)**2 + schedule.sigma(t)**2).sqrt()
 
 
 class Film:
@@ -101,7 +106,7 @@ def points(frames, data, titles, colour, path, data_colour="#0072B2"):
 
 
 def images(frames, path):
-    """The film of a grid of images, [(t, (C, H, W) in [0, 255])]; 32 colours, as noise cannot be compressed."""
+    """The film of a grid of images, [(t, (C, H, W) uint8)]; 32 colours, as noise cannot be compressed."""
     pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for _, x in frames]
     colours = pictures[-1].convert("RGB").quantize(32)           # of the end: the noise before takes the nearest
     gif([picture.convert("RGB").quantize(palette=colours, dither=Image.Dither.NONE) for picture in pictures], path)

@@ -263,7 +263,7 @@ def begin(configs, out, resume=False, overwrite=False):
     for folder, config, _ in runs:     # written before anything goes: a full disk stops here
         write(folder / "config.json", json.dumps(config, indent=2).encode())
         if overwrite:
-            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "metrics.json",
+            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.gif", "metrics.json",
                          *folder.glob("samples*.png")]:
                 (folder / Path(file).name).unlink(missing_ok=True)
     return runs

@@ -224,4 +224,4 @@ def train(args, device):
         print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), "
               f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
     print("next: " + run.command("sample.py", "--ckpt", *(str(folder) for folder, _, _ in runs[:3]),
-                                 *["..."] * (len(runs) > 3), "--steps 512"))
+                                 "--steps 512"))
