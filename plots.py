@@ -224,8 +224,8 @@ def trajectories(runs, data, path, times=(0.6, 0.3, 0.12, 0.02), paths=24):
         styles = {"network": (one.model(), COLOURS.get(one.target, "C1"), "-"),
                   "exact": (data.optimal_model(one.target, schedule, how["stabiliser"]), "black", (0, (3, 2)))}
         for name, (model, colour, style) in styles.items():
-            film = movie.Film(schedule, 256, frames=256)
-            samplers.sample(film.watch(model), (paths, 2), 256, sampler="dpmpp", t_min=run.smallest_t(one.config),
+            film = movie.Film(schedule, 128, frames=128)
+            samplers.sample(film.watch(model), (paths, 2), 128, sampler="dpmpp", t_min=run.smallest_t(one.config),
                             generator=run.generator("cpu", "trajectories"), **how)
             for ax, t in zip(row, torch.tensor(times)):
                 scale = movie.scale(schedule, t)
