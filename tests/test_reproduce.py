@@ -60,7 +60,8 @@ def study(tmp_path_factory):
         original = getattr(plots, name)
 
         def spy(*arguments, original=original):
-            which = 2 if original.__name__ in ("over_time", "scalings", "over_t", "over_evaluations", "trajectories") else 1
+            third = "over_time", "scalings", "over_t", "over_evaluations", "trajectories"
+            which = 2 if original.__name__ in third else 1
             drawn[arguments[which].stem] = arguments
             return original(*arguments)
         patch.setattr(plots, name, spy)
