@@ -20,9 +20,11 @@ import ddpm
 import images
 import losses
 import metrics
+import movie
 import progress
 import run
 import samplers
+import tables
 import unet
 
 TESTED = 250          # test images at once
@@ -104,6 +106,12 @@ def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
     return images.to_uint8(x)
 
 
+def first_grid(z):
+    """The first images of (B, C, H, W), in [-1, 1] or noise, as a frame of a film: 64 where they are small."""
+    columns = max(1, min(8, 320 // z.shape[3]))
+    return images.grid(images.to_uint8(z[:columns**2]), columns)
+
+
 def own_images(folder):
     """The images in a folder that `draw_folder` wrote: 00000.png ... beside its settings.json. Others are foreign."""
     if not (folder / "settings.json").exists():
@@ -150,13 +158,18 @@ def draw_folder(folder, one, n, args, device):
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
         model = torch.compile(model) if n >= 2048 else model          # compiling takes a minute
-    missing = [i for i in range(0, n, size) if not have.issuperset(names[i:i + size])]
+    missing = [i for i in range(0, n, size) if not have.issuperset(names[i:i + size]) or args.movie and i == 0]
+    film = movie.Film(one.schedule, args.steps, lambda z: z[:64])
     start = time.perf_counter()
     add = progress.counter(f"drawing {n:,} images", len(missing) * args.steps, "evaluations")
     for i in missing:
         generator = run.generator(device, args.seed, "sample", i)
-        x = draw(progress.counted(model, add), (size, *config["shape"]), args.steps, config, generator,
-                 settings["t_min"], args.clip, **args.how).cpu()
+        watched = progress.counted(film.watch(model) if args.movie and i == 0 else model, add)
+        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
+                 **args.how).cpu()
+        if args.movie and i == 0:
+            frames = [*film.frames, (0.0, images.to_float(x))]
+            movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")
         for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)
     if have - set(names):
@@ -202,6 +215,7 @@ def sample(chosen, args, device):
     if args.fid:
         metrics.enough_images(n)                                      # before any is drawn
         network = metrics.inception(args.inception_weights, device)
+    lines = []
     for one, out in chosen:
         if args.fid:
             statistics = reference(one.config, network, args)
@@ -217,7 +231,11 @@ def sample(chosen, args, device):
                   f"{', clipped' if args.clip else ''}) against {statistics[2]:,} images of {one.config['data']}, "
                   f"{args.fid_split} split")
         run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
-        print(f"wrote samples/, samples.png and metrics.json to {out}/; {progress.seconds():.1f} s in all")
+        print(f"wrote samples/, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/; "
+              f"{progress.seconds():.1f} s in all")
+        lines.append({"run": str(one.folder), "images": n, "steps": args.steps, **args.how, "fid": result.get("fid"),
+                      "test loss": result["test_loss"], "seconds": round(seconds, 1)})
+    tables.show(lines, args.csv)
 
 
 def test_examples(config, num, device, data_dir="data"):

@@ -18,10 +18,12 @@ import torch
 
 import losses
 import metrics
+import movie
 import own_points
 import run
 import samplers
 import stack
+import tables
 import targets
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
@@ -30,6 +32,7 @@ from mlp import MLP
 POINTS = 50_000                   # to train on, and as many fresh ones to test on (thesis 4.1.1)
 TESTS = "rescaled", "nelbo"       # also measured at every epoch: the same two for every run, whatever it is trained on
 TESTED_T_MIN = 1e-3               # their range of t, unless training has a smaller one
+MEASURED = "mean_distance", "covariance_distance", "sliced_wasserstein", "log_density"     # of samples
 LIKELIHOOD = dict(num=10_000, batch_size=5000, draws=100, num_ode=None, probes=None)     # defaults; None is all, exact
 
 
@@ -136,13 +139,13 @@ def in_chunks(model, members=1):
     return stack.in_chunks(model, members, 5000 if cpu else 2**20)
 
 
-def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, **how):
+def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watch=lambda model: model, **how):
     """Samples of a Run or Stack -> (M, num_samples, D), on the CPU; all members get the same noise.
 
-    how: the sampler, grid and eta of `samplers.sample`, where they are not the default.
+    how: the sampler, grid and eta of `samplers.sample`, where they are not the default. watch: of a film of it.
     """
     members = len(runs.members)
-    model = in_chunks(runs.model(device), members)
+    model = watch(in_chunks(runs.model(device), members))
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps,
                               target=[run.config["target"] for run in runs.members], schedule=runs.schedule,
                               t_min=run.smallest_t(runs.config, t_min),
@@ -206,36 +209,64 @@ def save(out, one, samples, **facts):
     return result
 
 
+def show(one, result, args):
+    """Print what was measured of the samples of one Run, what `save` returned."""
+    print("{}: {num_samples} samples in {steps} steps, {}, {seconds:.1f} s on {device}"
+          .format(one.folder, args.in_words, **result))
+    print("                      samples    floor (data against data)")
+    for key in MEASURED[:-1]:
+        print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
+                                                                 **result[f"{key}_floor"]))
+    print("mean log-density     {log_density:8.4f}   {log_density_data:.4f} nats of the data itself"
+          .format(**result) if "log_density" in result else
+          "mean log-density      unknown: distances are of standardised points, the floor is resampled")
+
+
+def table_rows(one, result):
+    """What was measured of one Run as a row of a table, and what perfect samples have as another."""
+    facts = {key: result.get(key) for key in ("steps", "sampler", "grid", "eta", "num_samples", "sampling_seed")}
+    best = [*(result[f"{key}_floor"]["mean"] for key in MEASURED[:-1]), result.get("log_density_data")]
+    names = [name.replace("_", " ") for name in MEASURED]
+    return ({"run": str(one.folder), **dict(zip(names, map(result.get, MEASURED))), **facts},
+            {"run": f"floor, {one.config['data']}", **dict(zip(names, best)), **facts})
+
+
 def sample(chosen, args, device):
-    """Draw samples of chosen runs, [(Run, folder for the results)], in stacks, measure, print, write and show them."""
+    """Draw samples of chosen runs, [(Run, folder for the results)], in stacks, measure, print, write and show them.
+
+    Of several runs one table is printed, with what perfect samples have: the floor.
+    """
     import plots  # here: a run opens without matplotlib
-    n, start, done, places = (args.num_samples or 10_000, time.perf_counter(), 0,
-                              {id(one): out for one, out in chosen})
+    n, start, done, places, lines, floor_lines = (args.num_samples or 10_000, time.perf_counter(), 0,
+                                                  {id(one): out for one, out in chosen}, {}, {})
     for group in run.stacks([one for one, _ in chosen], device):
-        before = time.perf_counter()
+        before, members = time.perf_counter(), len(group.members)
+        film = movie.Film(group.schedule, args.steps, lambda z: z.unflatten(0, (members, -1))[:, :movie.POINTS])  # noqa: B023
         with run.enough_memory("a smaller --num-samples, or fewer runs at once"):
-            samples = draw(group, args.steps, n, args.seed, device, args.t_min, **args.how)
-        seconds = (time.perf_counter() - before) / len(group.members)
-        done += len(group.members)
-        for one, x in zip(group.members, samples):
+            samples = draw(group, args.steps, n, args.seed, device, args.t_min,
+                           **dict(watch=film.watch) if args.movie else {}, **args.how)
+        seconds = (time.perf_counter() - before) / members
+        done += members
+        for m, (one, x) in enumerate(zip(group.members, samples)):
             out, config = places[id(one)], one.config
             result = save(out, one, x, steps=args.steps, **args.how, sampling_seed=args.seed, device=str(device),
                           seconds=seconds)
-            print(f"{one.folder}: {n} samples in {args.steps} steps, {args.in_words}, {seconds:.1f} s on {device}")
-            print("                      samples    floor (data against data)")
-            for key in "mean_distance", "covariance_distance", "sliced_wasserstein":
-                print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
-                                                                         **result[f"{key}_floor"]))
-            print("mean log-density     {log_density:8.4f}   {log_density_data:.4f} nats of the data itself"
-                  .format(**result) if "log_density" in result else
-                  "mean log-density      unknown: distances are of standardised points, the floor is resampled")
+            if len(chosen) == 1:
+                show(one, result, args)
+            lines[id(one)], floor_lines[f"floor, {config['data']}"] = table_rows(one, result)
             title = "{target}, {loss}, {steps} steps".format(**result)
             plots.scatter({f"{config['data']}, data": in_units(config, load(config)), title: in_units(config, x)},
                           out / "samples.png", limits=None if "points" in config else (-3, 3))
-            print(f"wrote samples.npy, samples.png and metrics.json to {out}/")
+            if args.movie:
+                movie.points([*((t, z[m]) for t, z in film.frames), (0.0, x[:movie.POINTS])], load(config),
+                             (f"{config['data']}, data", title), plots.COLOURS.get(config["target"], "black"),
+                             out / "samples.gif")
+            print(f"wrote samples.npy, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/")
         if done < len(chosen):
             left = (time.perf_counter() - start) / done * (len(chosen) - done)
             print(f"{done} of {len(chosen)} runs, {left:.0f} s left", flush=True)
+    tables.show([*(lines[id(one)] for one, _ in chosen), *floor_lines.values()] if len(chosen) > 1
+                else [*lines.values()], args.csv, ["run", *(name.replace("_", " ") for name in MEASURED)])
 
 
 def test_examples(config, num, device, data_dir=None):

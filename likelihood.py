@@ -30,6 +30,7 @@ import losses
 import run
 import samplers
 import settings
+import tables
 
 
 def nats(c):
@@ -85,10 +86,10 @@ def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, un
     """
     objective, dimensions = dict(target=target, schedule=schedule, stabiliser=stabiliser), x[0].numel()
     if steps is None:
-        t, importance = losses.draw_t((draws, len(x)), schedule, t_min, "uniform" if uniform == "t" else uniform,
-                                      generator, x.dtype)
+        t, importance = (c.to(x.device) for c in losses.draw_t(          # drawn on the CPU without a generator
+            (draws, len(x)), schedule, t_min, "uniform" if uniform == "t" else uniform, generator, x.dtype))
     else:
-        u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype)
+        u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype).to(x.device)
         i = (u * steps).long().clamp(max=steps - 1) + 1
     noise = lambda: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     diffusion, decoded = [], []
@@ -114,8 +115,9 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
     t_min to z_1 at 1 - t_min, + D log alpha of t_min, as z_0 is alpha times x. Returns it and the number of evaluations
     of the network. steps: of the classical Runge-Kutta method, four evaluations each, equal in log-SNR because what a
     network gets wrong near the ends is multiplied by dlogsnr/dt; tolerance: adaptive ones, scipy's RK45, relative and
-    absolute. probes: None is the exact divergence, one backward pass for each dimension; a number is Hutchinson's
-    estimate with so many random signs, the same at every t. ValueError: flow not finite, or tolerance not reached.
+    absolute, for each example as if it were alone. probes: None is the exact divergence, one backward pass for each
+    dimension; a number is Hutchinson's estimate with so many random signs, the same at every t. ValueError: flow not
+    finite, or tolerance not reached.
     """
     denoise, dimensions, evaluations = samplers.denoiser(model, target, schedule, stabiliser), x[0].numel(), 0
     like = dict(device=x.device, dtype=x.dtype)
@@ -143,8 +145,9 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
         from scipy.integrate import solve_ivp  # here: nothing else needs it
         numbers = lambda state: state.cpu().double().numpy().ravel()
         tensor = lambda numbers: torch.from_numpy(numbers).reshape(len(x), -1).to(**like)
+        each = tolerance / len(x)**0.5     # RK45 takes the root of a mean over all B (D + 1) numbers
         solution = solve_ivp(lambda t, state: numbers(slope(t, tensor(state))), (t_min, 1 - t_min), numbers(state),
-                             rtol=tolerance, atol=tolerance, t_eval=[1 - t_min])
+                             rtol=each, atol=each, t_eval=[1 - t_min])
         if not solution.success:
             raise ValueError(f"its flow cannot be integrated to {tolerance:g} - "
                              "make --tolerance larger, or leave it out")
@@ -164,17 +167,17 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
 
 
 def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=None, ode_steps=64, tolerance=None,
-             probes=None, t_min=1e-3, batch_size=5000, generator=None, progress=lambda done: None):
+             probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
     x: points (n, 2), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
     num_ode of them (all); draws, steps are those of `bound`, ode_steps, tolerance, probes of `log_likelihood`. Images
     have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255),
-    the bins' width: on average it is not below -log P(x) (Theis et al. 2016).
+    the bins' width: on average it is not below -log P(x) (Theis et al. 2016). t_min: `run.smallest_t`.
     """
     data, objective = x.ndim > 2, losses.objective(config)
     shared = ({key: objective[key] for key in ("target", "schedule", "stabiliser")}
-              | dict(t_min=t_min, generator=generator))
+              | dict(t_min=run.smallest_t(config, t_min), generator=generator))
     parts, num_ode = [], len(x) if num_ode is None else num_ode
     for i, rows in zip(range(0, len(x), batch_size), x.split(batch_size)):
         part = bound(model, rows, steps=steps, uniform=uniform, draws=draws, **shared,
@@ -196,40 +199,15 @@ def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=N
     return terms, evaluations
 
 
-def mean_and_error(c):
-    """Mean over examples and its standard error: (n,) -> two numbers."""
-    return c.double().mean().item(), c.double().std().item() / len(c)**0.5
+SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "uniform", "num_ode", "ode_steps", "tolerance",
+            "probes")      # that a result depends on
 
 
-def report(one, terms, args, **facts):
-    """Print the terms of a Run -> what is in likelihood.json."""
-    n, dimensions, config = len(terms["bound"]), one.kind.dimension(one.config), one.config
-    result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions,
-                  steps=args.steps, uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance,
-                  t_min=args.t_min, seed=args.seed, **facts)
-    print(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}, "
-          f"{facts['seconds']:.1f} s on {facts['device']}\n{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
-
-    def line(name, values, note=""):
-        mean, error = result[name] = mean_and_error(values)
-        bits = 1 / (dimensions * math.log(2))
-        print(f"{name:20s} {mean:10.4f} {error:9.4f} {bits * mean:10.4f} {bits * error:9.4f}   {note}")
-    line("prior", terms["prior"])
-    line("reconstruction", terms["reconstruction"])
-    line("diffusion", terms["diffusion"],
-         f"at most {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
-    line("bound", terms["bound"], "the sum" if args.steps is None else f"the sum, T = {args.steps}")
-    if "exact" in terms:
-        line("exact", terms["exact"], f"flow, {facts['evaluations']} function evaluations, "
-                                      f"{result['n_exact']:,} {settings.kind(config)}")
-    surprise = one.kind.surprise(config)
-    if surprise is not None:
-        line("entropy", surprise, f"of the data, {len(surprise):,} {settings.kind(config)}")
-        for name in "bound", "exact":
-            if name in terms:
-                gap = terms[name] - surprise[:len(terms[name])]
-                line(f"{name} - entropy", gap, f"of the same {settings.kind(config)}; median {gap.median().item():.4f}")
-    return result
+def file_name(args):
+    """likelihood.json, or with what was asked for besides the defaults in its name: no result replaces another."""
+    asked = [f"-{name.replace('_', '-')}-{getattr(args, name)}" for name, default in args.defaults.items()
+             if getattr(args, name) != default]
+    return f"likelihood{''.join(asked)}.json"
 
 
 def parse(argv):
@@ -238,8 +216,8 @@ def parse(argv):
                              usage="python likelihood.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--num", type=settings.number(int, 2, 10**9), help="test examples (points: 10000, images: 500)")
-    parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49), default=1e-3,
-                        help="where z_0 and z_1 are (0.001)")
+    parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
+                        help="where z_0 and z_1 are (that of training, at least 0.001)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of t and noise (0)")
     parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9),
                         help="examples at once (points: 5000, images: 50)")
@@ -260,7 +238,9 @@ def parse(argv):
                        help="of Hutchinson's divergence (points: exact, images: 1)")
     parser.add_argument("--out", type=settings.folder,
                         help="folder for the result (the run's folder), with one in it for each of several runs")
+    parser.add_argument("--csv", metavar="PATH", help="write the results as a table, a row for each run")
     args = parser.parse_args(argv)
+    args.defaults = {name: parser.get_default(name) for name in SETTINGS}
     if args.num_ode == 1:
         parser.error("--num-ode must be 0 or at least 2: one example has no error")
     return args
@@ -270,8 +250,10 @@ def main(argv=None):
     args = parse(argv)
     device, chosen = run.device(args.device), run.chosen(args.ckpt, args.out)
     run.of_images(args, dict(data_dir="data"), chosen[0][0].config)
-    for key, value in chosen[0][0].kind.LIKELIHOOD.items():
+    args.defaults |= chosen[0][0].kind.LIKELIHOOD
+    for key, value in args.defaults.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    file, lines, show = file_name(args), [], print if len(chosen) == 1 else lambda line: None
     for one, out in chosen:
         x, start = one.kind.test_examples(one.config, args.num, device, args.data_dir), time.perf_counter()
         if len(x) < 2:
@@ -290,10 +272,13 @@ def main(argv=None):
                     run.generator(device, args.seed, "likelihood"), progress)
         except ValueError as error:
             raise SystemExit(f"{one.folder}: {error}") from None
-        result = report(one, terms, args, draws=args.draws, probes=args.probes, evaluations=evaluations,
-                        seconds=time.perf_counter() - start, device=str(device))
-        run.write(out / "likelihood.json", json.dumps(result, indent=2).encode())
-        print(f"wrote {out / 'likelihood.json'}")
+        result = tables.likelihood(one, terms, args, show, draws=args.draws, probes=args.probes,
+                                   evaluations=evaluations, seconds=time.perf_counter() - start, device=str(device))
+        run.write(out / file, json.dumps(result, indent=2).encode())
+        print(f"wrote {out / file}")
+        lines.append({column: value for name, found in result.items() for column, value in (
+            zip((name, f"{name} error"), found) if isinstance(found, tuple) else [(name, found)])})
+    tables.show(lines, args.csv, tables.OF_LIKELIHOOD)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,20 @@
 
 Each target has one colour everywhere (Okabe and Ito's, safe for colour-blind readers); panels share their axes; a
 dashed line is the best possible.
+
+    python plots.py runs/rings-*           # the test losses of these runs over epochs: curves.png
 """
+import argparse
 import io
+from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 
+import movie
 import run
+import samplers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
@@ -67,6 +74,37 @@ def loss_curve(history, config, path):
     ax.set(xlabel="epoch", ylabel=f"{config['loss']} of {config['target']}",
            title=f"{config['data']}, {config['target']}, {config['loss']}, seed {config['seed']}")
     ax.legend()
+    fig.tight_layout()
+    save(fig, path)
+
+
+SHADES = plt.get_cmap("Blues")(np.linspace(0, 0.45, 11))      # of a density, light enough to draw on
+
+
+def curves(runs, path):
+    """Test losses of Runs over epochs, log scale, a panel for each dataset, loss and schedule: others do not compare.
+
+    Dashed is the best possible, where it is known.
+    """
+    panels = {}
+    for one in runs:
+        panels.setdefault(tuple(map(one.config.get, ("data", "loss", "schedule"))), []).append(one)
+    width = min(len(panels), 4)
+    fig, axes = plt.subplots(-(-len(panels) // width), width, squeeze=False,
+                             figsize=(max(5.5, 4 * width), 3.8 * -(-len(panels) // width)))
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    for ax, ((data, loss, schedule), members) in zip(axes.flat, panels.items()):
+        alike = len({one.target for one in members}) < len(members)            # two of one target: their own colours
+        for i, one in enumerate(members):
+            colour, optimum = f"C{i}" if alike else COLOURS.get(one.target, f"C{i}"), one.history[-1].get("optimum")
+            ax.plot([h["epoch"] for h in one.history], [h["test_loss"] for h in one.history], color=colour,
+                    marker="." if len(one.history) < 5 else None, label=one.folder.name)
+            if optimum is not None:
+                ax.axhline(optimum, color=colour, linestyle="--", linewidth=1)
+        ax.set(yscale="log", xlabel="epoch", ylabel=f"test loss, {loss}", title=f"{Path(data).name}, {schedule}")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
     fig.tight_layout()
     save(fig, path)
 
@@ -169,6 +207,55 @@ def over_evaluations(panels, label, path):
     save(fig, path)
 
 
+def trajectories(runs, data, path, times=(0.6, 0.3, 0.12, 0.02), paths=24):
+    """Paths of the probability flow ODE from noise to data over the exact log-density of z, a row for each of Runs.
+
+    A column for each time: the paths until then, of the network in its target's colour, of the exact denoiser dashed,
+    from the same noise. Arrows are the score, that of the exact denoiser grey and wider, each column on a scale of its
+    own. data: a mixture of `datasets2d`.
+    """
+    fig, axes = plt.subplots(len(runs), len(times), figsize=(11, 3 * len(runs) + 0.3), sharex=True, sharey=True,
+                             squeeze=False)
+    axis = torch.linspace(-2.6, 2.6, 105)
+    fine, coarse = (torch.cartesian_prod(c, c) for c in (axis, axis[4::8]))
+    for row, one in zip(axes, runs):
+        schedule, how = one.schedule, dict(target=one.target, schedule=one.schedule,
+                                           stabiliser=one.config["stabiliser"])
+        styles = {"network": (one.model(), COLOURS.get(one.target, "C1"), "-"),
+                  "exact": (data.optimal_model(one.target, schedule, how["stabiliser"]), "black", (0, (3, 2)))}
+        for name, (model, colour, style) in styles.items():
+            film = movie.Film(schedule, 128, frames=128)
+            samplers.sample(film.watch(model), (paths, 2), 128, sampler="dpmpp", t_min=run.smallest_t(one.config),
+                            generator=run.generator("cpu", "trajectories"), **how)
+            for ax, t in zip(row, torch.tensor(times)):
+                scale = movie.scale(schedule, t)
+                lines = torch.stack([z for s, z in film.frames if s >= t - 1e-6])             # (frames, paths, 2)
+                ax.plot(*lines.unbind(2), color=colour, linestyle=style, linewidth=1.6 if name == "network" else 1,
+                        zorder=3)
+                ax.scatter(*lines[-1].T, s=9, color=colour, zorder=4, linewidths=0)
+                with torch.no_grad():
+                    z = coarse * scale
+                    score = -samplers.denoiser(model, **how)(z, t)[1]                         # times sigma
+                length = data.score(z, schedule.alpha(t), schedule.sigma(t)).norm(dim=1).max() * schedule.sigma(t)
+                ax.quiver(*coarse.T, *(score / length).T, color=colour if name == "network" else "0.5", angles="xy",
+                          scale_units="xy", scale=1.4, width=0.0025 if name == "network" else 0.005,
+                          zorder=2 if name == "network" else 1)
+        for ax, t in zip(row, torch.tensor(times)):
+            scale = movie.scale(schedule, t)
+            density = data.log_prob(fine * scale, schedule.alpha(t), schedule.sigma(t))
+            density = (density + 2 * scale.log()).clamp(min=-8).unflatten(0, (len(axis), len(axis)))
+            ax.contourf(axis, axis, density.T, levels=np.linspace(-8, density.max().item() + 0.1, 12), colors=SHADES,
+                        zorder=0)
+            ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+            ax.set_title(f"t = {t:g}" if one is runs[0] else "", fontsize=10)
+        row[0].set_ylabel(f"{one.target}, {one.config['loss']}")
+    handles = [plt.Line2D([], [], color=COLOURS.get(one.target, "C1"), label=f"network, {one.target}") for one in runs]
+    fig.tight_layout(rect=(0, 0, 1, 0.94))
+    fig.legend(handles=[*handles, plt.Line2D([], [], color="black", linestyle="--", label="exact denoiser")],
+               loc="upper center", ncols=len(handles) + 1)
+    save(fig, path)
+
+
 def finish(fig, ax, path, dashed=True):
     """Lay out and save, with the legend of one panel above all of them; dashed lines are the best possible."""
     fig.tight_layout(rect=(0, 0, 1, 0.93) if ax else None)
@@ -185,3 +272,21 @@ def save(fig, path):
     fig.savefig(buffer, format="png", dpi=DPI)
     plt.close(fig)
     run.write(path, buffer.getbuffer())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python plots.py RUN... [options], see --help")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or their ckpt.pt")
+    parser.add_argument("--out", default="curves.png", help="file of the figure, a PNG (curves.png)")
+    args = parser.parse_args(argv)
+    runs = [run.open(path) for path in args.runs]
+    for one in runs:
+        if not one.history:
+            raise SystemExit(f"{one.folder} has no test yet, and so no curve - train it longer, or leave it out")
+    curves(runs, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run.script(main, "nothing was written")

@@ -19,7 +19,7 @@ import run
 import samplers
 import targets
 from datasets2d import DATASETS
-from study import DRAWS, ODE_STEPS, STEPS, TARGETS, cell, floor, gaps, rows
+from study import DRAWS, ODE_STEPS, STEPS, TARGETS, Missing, cell, floor, gaps, rows
 
 FEW = [8, 16, 32]      # of them, where grids are compared
 # Every target on every schedule, trained for 20 epochs
@@ -197,11 +197,21 @@ def schedules(study):
                    "evaluations, mean +- standard deviation over the seeds."]
 
 
+def trajectories(study, path):
+    """Paths of the flow of two networks on the rings, which differ in their target."""
+    runs = study.trained("plain", data=["rings"])
+    if study.args.recorded:
+        Missing()()
+    plots.trajectories([runs["rings", target, "mse", 0] for target in ("v", "eps")], DATASETS["rings"], path)
+
+
 RESULTS = {
     "likelihood": (likelihoods, "variational bound and exact log-likelihood of every dataset, target and loss, "
                                 "beside the entropy"),
     "schedules":  (schedules, "covariance distance of every target on every schedule, the rings"),
     "nelbo":      (excess, "exact NELBO above the best possible over epochs, trained on it with log-SNR uniform"),
+    "trajectories": (trajectories, "paths of the probability flow ODE and score fields, of two networks and of "
+                                   "the exact denoiser, the rings"),
     "steps":      (steps, "how many function evaluations each sampler needs"),
     "steps-covariance": (over_evaluations("covariance_distance"),
                          "covariance distance over function evaluations, every dataset, target and sampler, grid t"),

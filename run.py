@@ -239,7 +239,7 @@ def begin(configs, out, resume=False, overwrite=False):
             write(log, lines)
             print(f"{folder}: metrics.jsonl was missing or another, and is made again from the checkpoint")
         if overwrite:
-            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "metrics.json",
+            for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.gif", "metrics.json",
                          *folder.glob("samples*.png")]:
                 (folder / Path(file).name).unlink(missing_ok=True)
     return runs

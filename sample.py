@@ -3,13 +3,14 @@
     python sample.py                                       # the newest run, 512 steps
     python sample.py --ckpt runs/rings-*-s0 --steps 16     # many at once, as a stack, with the same noise
     python sample.py --sampler dpmpp --steps 16            # nearly as good with few evaluations
+    python sample.py --movie                               # and samples.gif: from noise to data
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
 
 Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean,
 covariance and sliced Wasserstein distance to 50,000 fresh points beside their floor: what two samples of the data
 itself, of the same sizes, give. Images: writes samples/00000.png ... of the averaged weights (EMA), samples.png (a grid
 of the first) and metrics.json. A call that was killed goes on with the first image that is missing; a larger
---num-samples adds to those that are there.
+--num-samples adds to those that are there. Several runs end with one table, which --csv writes too.
 
 What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samplers in `samplers.py`.
 """
@@ -40,6 +41,9 @@ def parse(argv):
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of the sampling noise (0)")
     parser.add_argument("--out", type=settings.folder,
                         help="folder for the results (the run's folder), with one in it for each of several runs")
+    parser.add_argument("--movie", action=argparse.BooleanOptionalAction, default=False,
+                        help="write samples.gif, the samples in motion from noise to data")
+    parser.add_argument("--csv", metavar="PATH", help="write what was measured as a table, a row for each run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("images")
     group.add_argument("--batch-size", type=settings.number(int, 1, 10**6), help="drawn at once (64, on a GPU 250)")

@@ -22,6 +22,7 @@ import losses
 import metrics
 import run
 import settings
+import tables
 import targets
 import train
 from datasets2d import DATASETS
@@ -202,7 +203,7 @@ class Study:
                                            generator=run.generator(self.device, "likelihood"))
             terms["entropy"] = -DATASETS[key[0]].log_prob(x.cpu())
             gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
-            result = {name: likelihood.mean_and_error(values) for name, values in (terms | gaps).items()}
+            result = {name: tables.mean_and_error(values) for name, values in (terms | gaps).items()}
             lost = (gaps["exact gap"] > 100).sum().item()
             run.write(path(key), json.dumps(result | {"exact median": gaps["exact gap"].median().item(),
                                                       "lost": lost}).encode())

@@ -127,6 +127,24 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("samplers.py", "(schedule.alpha(times[0])**2 + schedule.sigma(times[0])**2).sqrt()", "schedule.sigma(times[0])"),
     ("samplers.py", "(steps + evaluations - 1) // evaluations", "steps // evaluations"),
     ("samplers.py", "dtype=dtype)] * members)", "dtype=dtype) for _ in range(members)])"),
+    # Films, curves, paths and tables
+    ("movie.py", "ddpm.standardise(z, t, self.schedule)", "z"),
+    ("movie.py", "self.due = {i * steps //", "self.due = {i * steps // 2 //"),
+    ("movie.py", "x * [1, -1] + 3", "x + 3"),
+    ("movie.py", "/ 6 * size - 0.5", "/ 6 * size"),
+    ("movie.py", "frames = frames[::-2][::-1]", "frames = frames[::2]"),
+    ("movie.py", "append_images=frames[1:], loop=0,", "append_images=frames[1:],"),
+    ("movie.py", "levels + i * SHADES", "levels"),
+    ("kind_points.py", "unflatten(0, (members, -1))[:, :movie",
+                       "unflatten(0, (-1, members)).transpose(0, 1)[:, :movie"),
+    ("kind_points.py", "(t, z[m]) for t, z in film.frames", "(t, z[0]) for t, z in film.frames"),
+    ("kind_images.py", "or args.movie and i == 0]", "]"),
+    ("plots.py", "(score / length).T", "score.T"),
+    ("plots.py", "-samplers.denoiser(model, **how)(z, t)[1]", "samplers.denoiser(model, **how)(z, t)[1]"),
+    ("plots.py", "z = coarse * scale", "z = coarse"),
+    ("plots.py", "if s >= t - 1e-6]", "]"),
+    ("plots.py", "alike = len({one.target for one in members}) < len(members)", "alike = False"),
+    ("tables.py", "for line in cells if len(rows) > 1 else []:", "for line in cells:"),
     # The likelihood
     ("likelihood.py", "(x**2 - 1)", "(x**2)"),
     ("likelihood.py", "schedule.ends(t_min)[0]", "schedule.ends(t_min)[1]"),
@@ -167,15 +185,19 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
                       "-0.5 * (state[:, :-1]**2 / var)"),
     ("likelihood.py", "log_p + state[:, -1] +", "log_p - state[:, -1] +"),
     ("likelihood.py", "+ dimensions * schedule.alpha(start).log()", "- dimensions * schedule.alpha(start).log()"),
-    ("likelihood.py", "rtol=tolerance, atol=tolerance,", "rtol=1e-2, atol=1e-2,"),
+    ("likelihood.py", "rtol=each, atol=each,", "rtol=1e-2, atol=1e-2,"),
+    ("likelihood.py", "each = tolerance / len(x)**0.5", "each = tolerance"),
+    ("likelihood.py", "dict(t_min=run.smallest_t(config, t_min), gen", "dict(t_min=t_min or 1e-3, gen"),
+    ("likelihood.py", "if getattr(args, name) != default]", "if False]"),
+    ("likelihood.py", "generator, x.dtype).to(x.device)", "generator, x.dtype)"),
     ("likelihood.py", "generator=generator, device=x.device) - 1) / 255",
                       "generator=generator, device=x.device) - 1) / 127"),
     ("likelihood.py", "math.log(2 / 255) if data else 0)", "math.log(1 / 255) if data else 0)"),
     ("likelihood.py", "discretised if data else gaussian)", "gaussian)"),
     ("likelihood.py", "rows[:max(0, num_ode - i)]", "rows[:num_ode]"),
-    ("likelihood.py", "c.double().std().item() / len(c)**0.5", "c.double().std().item()"),
-    ("likelihood.py", "bits = 1 / (dimensions * math.log(2))", "bits = 1 / math.log(2)"),
-    ("likelihood.py", "terms[name] - surprise[:len(terms[name])]", "terms[name] - surprise.mean()"),
+    ("tables.py", "c.double().std().item() / len(c)**0.5", "c.double().std().item()"),
+    ("tables.py", "bits = 1 / (dimensions * math.log(2))", "bits = 1 / math.log(2)"),
+    ("tables.py", "terms[name] - surprise[:len(terms[name])]", "terms[name] - surprise.mean()"),
     # The targets
     ("targets.py", '"x":   lambda alpha, sigma, d: (1.0, 0.0)', '"x":   lambda alpha, sigma, d: (-1.0, 0.0)'),
     ("targets.py", '"eps": lambda alpha, sigma, d: (0.0, 1.0)', '"eps": lambda alpha, sigma, d: (0.0, -1.0)'),
@@ -633,7 +655,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("kind_points.py", "x.repeat(-(-POINTS // len(x)), 1)[", "x.repeat_interleave(-(-POINTS // len(x)), 0)["),
     ("kind_points.py", 'len(load(config, "train")) if "points" in config', 'POINTS if "points" in config'),
     ("metrics.py", "return u / u.norm(dim=0)", "return u"),
-    ("likelihood.py", "one.kind.dimension(one.config), one.config", "2, one.config"),
+    ("tables.py", "one.kind.dimension(one.config), one.config", "2, one.config"),
 ]
 
 
@@ -643,7 +665,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "run.py": ["run", "train", "stack"], "settings.py": ["settings", "train", "stack"],
     "checkpoints.py": ["checkpoints", "robust", "run", "train"],
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
-    "reproduce_beyond.py": ["reproduce"],
+    "reproduce_beyond.py": ["reproduce"], "tables.py": ["movie", "likelihood"],
 }
 
 

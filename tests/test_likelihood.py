@@ -1,4 +1,5 @@
 """The bound and the ODE against closed forms, quadrature, scipy and the exact density of the data."""
+import csv
 import json
 import math
 import shutil
@@ -332,7 +333,8 @@ def image_run(tmp_path_factory):
 def test_the_terms_of_a_run_are_printed_and_written_beside_the_entropy(trained, capsys):
     likelihood.main(["--ckpt", str(trained), "--num", "300", "--draws", "8", "--ode-steps", "10", "--t-min", "0.01",
                      "--seed", "5", "--num-ode", "200", "--batch-size", "150", "--device", "cpu"])
-    out, result = capsys.readouterr().out, json.loads((trained / "likelihood.json").read_text())
+    out, result = capsys.readouterr().out, json.loads((trained / (
+        "likelihood-num-300-t-min-0.01-seed-5-batch-size-150-draws-8-num-ode-200-ode-steps-10.json")).read_text())
     data = DATASETS["clusters"]
     model, x = run.open(trained).model().double(), kind_points.load(dict(data="clusters")).double()
     options = dict(target="s", schedule=COSINE, t_min=0.01, stabiliser=0.01)
@@ -361,7 +363,8 @@ def test_the_terms_of_a_run_are_printed_and_written_beside_the_entropy(trained, 
 
 def test_the_discrete_bound_the_other_draw_and_adaptive_steps_of_a_run(trained, capsys):
     common = ["--ckpt", str(trained), "--num", "100", "--draws", "4", "--device", "cpu"]
-    read = lambda: json.loads((trained / "likelihood.json").read_text())
+    newest = lambda: max(trained.glob("likelihood*.json"), key=lambda path: path.stat().st_mtime_ns)
+    read = lambda: json.loads(newest().read_text())
     model, x = run.open(trained).model().double(), kind_points.load(dict(data="clusters"))[:100].double()
     options = dict(target="s", schedule=COSINE, stabiliser=0.01, draws=4)
     for arguments, extra in (["--steps", "7"], dict(steps=7)), (["--uniform", "t"], dict(uniform="t")):
@@ -382,7 +385,8 @@ def test_images_have_bits_per_dimension_and_a_dequantised_density(image_run, cap
     folder, data = image_run
     likelihood.main(["--ckpt", str(folder), "--num", "4", "--draws", "3", "--num-ode", "2", "--ode-steps", "4",
                      "--device", "cpu"])
-    out, result = capsys.readouterr().out, json.loads((folder / "likelihood.json").read_text())
+    out, result = capsys.readouterr().out, json.loads(
+        (folder / "likelihood-num-4-draws-3-num-ode-2-ode-steps-4.json").read_text())
     config = run.load(folder)["config"]
     model = unet.UNet(3, 8, channels=8, channel_mult=[1], layers=1, attention=[4])
     model.load_state_dict(run.load(folder)["ema"])
@@ -418,8 +422,8 @@ def test_several_runs_their_defaults_and_another_folder(trained, image_run, tmp_
     likelihood.main(["--ckpt", str(image_run[0]), "--out", str(tmp_path / "images"), "--device", "cpu"])
     (points, of_points), _, (images_, of_images) = calls
     assert points.shape == (10_000, 2) and points.dtype == F64 and images_.shape == (4, 3, 8, 8)
-    assert of_points[:8] == (100, None, "logsnr", None, 64, None, None, 1e-3) and of_points[8] == 5000
-    assert of_images[:8] == (16, None, "logsnr", 16, 64, None, 1, 1e-3) and of_images[8] == 50
+    assert of_points[:8] == (100, None, "logsnr", None, 64, None, None, None) and of_points[8] == 5000
+    assert of_images[:8] == (16, None, "logsnr", 16, 64, None, 1, None) and of_images[8] == 50
     results = [json.loads((tmp_path / name / "likelihood.json").read_text())
                for name in (trained.name, "again", "images")]
     assert [(r["draws"], r["probes"], r["dimensions"]) for r in results] == [(100, None, 2)] * 2 + [(16, 1, 192)]
@@ -434,7 +438,7 @@ def test_the_schedule_of_a_run_and_the_size_of_its_images(tmp_path, image_run):
                 "--device", "cpu", "--out", str(tmp_path)])
     likelihood.main(["--ckpt", str(tmp_path / "waves-v-mse-s0"), "--num", "50", "--draws", "2", "--num-ode", "0",
                      "--device", "cpu"])
-    result = json.loads((tmp_path / "waves-v-mse-s0" / "likelihood.json").read_text())
+    result = json.loads((tmp_path / "waves-v-mse-s0" / "likelihood-num-50-draws-2-num-ode-0.json").read_text())
     high = SCHEDULES["linear"].ends(1e-3)[1]
     assert result["reconstruction"][0] == pytest.approx(1 + math.log(2 * math.pi) - high)
     config = run.load(image_run[0])["config"] | {"image_size": 4}
@@ -448,7 +452,7 @@ def test_likelihoods_that_are_not_finite_are_one_sentence(trained, tmp_path):
     for extra in ["--num-ode", "0"], ["--tolerance", "1e-3"], []:
         with pytest.raises(SystemExit, match="not finite - train it longer, or with another --loss"):
             likelihood.main(["--ckpt", str(tmp_path), "--num", "10", "--draws", "2", "--device", "cpu", *extra])
-    assert not (tmp_path / "likelihood.json").exists()
+    assert not list(tmp_path.glob("likelihood*.json"))
 
 
 def test_a_run_on_images_without_its_images(image_run, tmp_path):
@@ -554,3 +558,61 @@ def test_on_mps_which_has_no_log_ndtr_it_is_computed_on_the_cpu_and_comes_back(m
     expected = likelihood.log_prob_level(x, mean, 0.2)
     result = likelihood.log_prob_level(x.as_subclass(Mps), mean, 0.2)
     assert places == 6 * ["cpu"] and back == 3 * ["mps"] and torch.equal(result.as_subclass(torch.Tensor), expected)
+
+
+def test_several_runs_are_one_table_and_other_settings_another_file(trained, tmp_path, capsys):
+    """What is asked for and is the default anyway changes no name; t_min is that of the run, at least 0.001."""
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    for path in again.glob("likelihood*"):
+        path.unlink()
+    state = run.load(again)
+    state["config"]["t_min"] = 0.05
+    run.save(again / "ckpt.pt", state)
+    common = ["--num", "40", "--draws", "2", "--ode-steps", "2", "--device", "cpu"]
+    table = tmp_path / "table.csv"
+    likelihood.main(["--ckpt", str(trained), str(again), *common, "--out", str(tmp_path / "out"), "--csv", str(table)])
+    out, rows = capsys.readouterr().out, list(csv.DictReader(table.open()))
+    assert "bits/dim" not in out and len(rows) == 2
+    for row, folder, t_min in zip(rows, (trained, again), (1e-3, 0.05)):
+        path = tmp_path / "out" / folder.name / "likelihood-num-40-draws-2-ode-steps-2.json"
+        result = json.loads(path.read_text())
+        assert (row["run"], float(row["t_min"]), result["t_min"]) == (str(folder), t_min, t_min)
+        line, = [line for line in out.splitlines() if line.startswith(f"{folder} ")]
+        names = ["bound", "exact", "entropy", "bound - entropy", "exact - entropy"]
+        values = [result[name][0] for name in names]
+        assert [float(row[name]) for name in names] == values and float(row["bound error"]) == result["bound"][1]
+        shown = [values[0], result["bound"][1], values[1], result["exact"][1], *values[2:]]
+        assert line.split()[1:] == [f"{value:.4f}" for value in shown]
+        high = COSINE.ends(t_min)[1]
+        assert result["reconstruction"][0] == pytest.approx(1 + math.log(2 * math.pi) - high)
+    likelihood.main(["--ckpt", str(again), *common])
+    likelihood.main(["--ckpt", str(again), *common, "--t-min", "0.02", "--steps", "9", "--uniform", "logsnr"])
+    one, other = (json.loads((again / f"likelihood-num-40-{name}.json").read_text()) for name in
+                  ("draws-2-ode-steps-2", "t-min-0.02-draws-2-steps-9-ode-steps-2"))
+    assert (one["t_min"], one["steps"], other["t_min"], other["steps"]) == (0.05, None, 0.02, 9)
+    assert "bits/dim" in capsys.readouterr().out
+    state["config"]["t_min"] = 1e-6
+    run.save(again / "ckpt.pt", state)
+    likelihood.main(["--ckpt", str(again), *common])
+    assert json.loads((again / "likelihood-num-40-draws-2-ode-steps-2.json").read_text())["t_min"] == 1e-3
+
+
+def test_the_tolerance_holds_for_each_example_however_many_there_are():
+    """One hard example among a thousand easy ones, which would hide its error in a mean over all."""
+    data = DATASETS["clusters"]
+    model, how = data.optimal_model("v", COSINE), dict(target="v", schedule=COSINE)
+    easy = torch.zeros(1, 2, dtype=F64) + 20                # far away the flow is linear
+    hard = torch.tensor([[0.02, 0.9]], dtype=F64)
+    exact = likelihood.log_likelihood(model, hard, tolerance=1e-9, **how)[0]
+    alone = likelihood.log_likelihood(model, hard, tolerance=1e-3, **how)[0]
+    among = likelihood.log_likelihood(model, torch.cat([hard, easy.expand(1000, 2)]), tolerance=1e-3, **how)[0][:1]
+    assert abs(alone - exact) < 0.1 and abs(among - exact) < max(2 * abs(alone - exact), 1e-3)
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+def test_without_a_generator_the_bound_is_where_the_data_are(steps):
+    """On another device than the CPU; meta has no values and refuses to be mixed with it."""
+    terms = likelihood.bound(lambda z, t: z * t[:, None], torch.zeros(5, 2, device="meta"), target="v", schedule=COSINE,
+                             steps=steps, draws=2)
+    assert terms["diffusion"].device.type == "meta" and terms["diffusion"].shape == (5,)

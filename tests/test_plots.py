@@ -1,9 +1,14 @@
 """What the figures draw, read back from matplotlib."""
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import plots
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
 
 
 @pytest.fixture
@@ -91,3 +96,65 @@ def test_curves_over_evaluations_stand_beside_the_floor(saved):
     colours = [line.get_color() for line in axes[0].lines[:2]]
     assert not {plots.matplotlib.colors.to_hex(c).upper() for c in colours} \
         & {c.upper() for c in plots.COLOURS.values()}
+
+
+def fake(name, target, history, **config):
+    return SimpleNamespace(folder=Path(name), target=target, history=history,
+                           config=dict(data="rings", loss="mse", schedule="cosine", target=target) | config)
+
+
+def test_curves_of_runs_are_in_a_panel_for_each_loss_with_their_optimum_if_there_is_one(saved):
+    """Of images there is none, and their history begins within an epoch."""
+    history = [dict(epoch=0.5, test_loss=3.0), dict(epoch=1, test_loss=2.0)]
+    best = [h | dict(optimum=1.5) for h in history]
+    plots.curves([fake("a", "v", best), fake("b", "x", best), fake("c", "v", best, loss="nelbo"),
+                  fake("d", "v", history, loss="nelbo"), fake("e", "v", history, data="/folder/photos")], "path")
+    first, second, third = saved[0].axes
+    assert [line.get_color() for line in first.lines[::2]] == [plots.COLOURS["v"], plots.COLOURS["x"]]
+    assert list(first.lines[0].get_xdata()) == [0.5, 1] and list(first.lines[0].get_ydata()) == [3, 2]
+    assert [line.get_linestyle() for line in first.lines] == ["-", "--", "-", "--"]
+    assert set(first.lines[1].get_ydata()) == {1.5}
+    assert len(second.lines) == 3 and second.lines[0].get_color() != second.lines[2].get_color()      # both are v
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["c", "d"] and len(third.lines) == 1
+    assert third.get_title() == "photos, cosine" and third.get_ylabel() == "test loss, mse"
+
+
+def test_the_script_draws_runs_and_says_what_is_wrong(monkeypatch, tmp_path, capsys):
+    drawn = []
+    monkeypatch.setattr(plots, "curves", lambda runs, path: drawn.append((runs, path)))
+    monkeypatch.setattr(plots.run, "open", lambda path: fake(path, "v", [] if path == "early" else [dict(epoch=1)]))
+    plots.main(["a", "b", "--out", "c.png"])
+    (runs, path), = drawn
+    assert [str(one.folder) for one in runs] == ["a", "b"] and path == "c.png"
+    assert "wrote c.png" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="early has no test yet, .* train it longer, or leave it out"):
+        plots.main(["a", "early"])
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="no checkpoint at .*nowhere.* train one first"):
+        plots.main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stop:
+        plots.main([])
+    assert stop.value.code == 2
+
+
+def test_the_paths_of_an_exact_network_are_those_of_the_exact_denoiser(saved, monkeypatch):
+    """From noise to the data, on a schedule that explodes: everything is divided by the standard deviation of z."""
+    data, schedule = DATASETS["clusters"], SCHEDULES["ve"]
+    one = SimpleNamespace(target="v", schedule=schedule, config=dict(stabiliser=0.0, t_min=1e-3, loss="mse"),
+                          model=lambda: data.optimal_model("v", schedule))
+    arrows, original = [], plots.plt.Axes.quiver
+    monkeypatch.setattr(plots.plt.Axes, "quiver", lambda ax, x, y, u, v, **how: arrows.append(
+        torch.stack([u, v], 1)) or original(ax, x, y, u, v, **how))
+    plots.trajectories([one], data, "path", times=(0.5, 0.01), paths=6)
+    early, late = saved[0].axes
+    assert (early.get_title(), late.get_title()) == ("t = 0.5", "t = 0.01") and len(late.lines) == 12
+    for line, exact in zip(late.lines[:6], late.lines[6:]):
+        assert np.array_equal(line.get_xydata(), exact.get_xydata()) and exact.get_linestyle() == "--"
+        assert len(early.lines[0].get_xdata()) < 0.6 * len(line.get_xdata())
+        assert data.log_prob(torch.as_tensor(line.get_xydata()[-1:])) > -6            # it has arrived
+    axis = torch.linspace(-2.6, 2.6, 105)[4::8]
+    z, t = torch.cartesian_prod(axis, axis), torch.tensor(0.5)
+    sigma = 0.01 * 5000**0.5                                        # alpha = 1
+    score = data.score(z * (1 + sigma**2)**0.5, 1.0, sigma)
+    for found in arrows[0], arrows[2]:                              # network, exact; in between the other time
+        assert torch.allclose(found, score / score.norm(dim=1).max(), atol=1e-4), t

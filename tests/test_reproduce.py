@@ -33,7 +33,7 @@ FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "
            "fig4.13": "point_grid", "fig4.14": "over_t",
            "appendix1": "over_t", "appendix2": "over_t", "appendix3": "over_t", "appendix4": "point_grid",
            "appendix5": "point_grid", "appendix6": "point_grid", "steps-covariance": "over_evaluations",
-           "steps-wasserstein": "over_evaluations", "nelbo": "loss_curves"}
+           "steps-wasserstein": "over_evaluations", "nelbo": "loss_curves", "trajectories": "trajectories"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,8 @@ def study(tmp_path_factory):
         original = getattr(plots, name)
 
         def spy(*arguments, original=original):
-            which = 2 if original.__name__ in ("over_time", "scalings", "over_t", "over_evaluations") else 1
+            third = "over_time", "scalings", "over_t", "over_evaluations", "trajectories"
+            which = 2 if original.__name__ in third else 1
             drawn[arguments[which].stem] = arguments
             return original(*arguments)
         patch.setattr(plots, name, spy)
