@@ -66,7 +66,8 @@ def number(kind, low, high=float("inf")):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
         if not low <= value <= high or value == float("inf"):
-            bound = f"finite and at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+            least = "finite and at least" if kind is float else "at least"
+            bound = f"{least} {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value
     return parse

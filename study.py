@@ -163,7 +163,10 @@ class Study:
                              seconds=(time.perf_counter() - before) / len(group.members))
                 for one, x in zip(group.members, points):
                     made = folder(keys[id(one)])
-                    if thesis:
+                    if not x.isfinite().all():             # of a table of many this is a result, too
+                        lost = {**one.config, **facts, **dict.fromkeys(KEPT)}
+                        run.write(made / "metrics.json", json.dumps(lost, indent=2).encode())
+                    elif thesis:
                         kind_points.save(made, one, x, **facts)
                     else:
                         run.write(made / "metrics.json",
@@ -255,7 +258,10 @@ def exact_nelbo(model, target, data, stabiliser=0.0):
 # Cells of tables, and Markdown
 
 def cell(values):
-    """Mean and, of more than one seed, standard deviation (n - 1)."""
+    """Mean and, of more than one seed, standard deviation (n - 1); None: samples of that seed are not finite."""
+    lost = values.count(None)
+    if lost:
+        return f"not finite, {lost} of {len(values)}"
     mean = statistics.mean(values)
     form = ".3f" if abs(mean) < 100 else ".0f" if abs(mean) < 1e6 else ".0e"
     return f"{mean:{form}}" + (f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else "")

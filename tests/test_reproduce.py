@@ -392,6 +392,26 @@ def test_the_table_of_schedules_is_the_runs_own_numbers(study):
             assert f"| {schedule} | {values[0]} | {values[1]} |" in part
 
 
+def test_samples_that_are_not_finite_are_said_to_be_and_stop_no_table(study, monkeypatch):
+    folder, _, call = study
+    draw = kind_points.draw
+
+    def diverging(group, *args, **how):
+        x = draw(group, *args, **how)
+        for m, one in enumerate(group.members):
+            if (one.config["schedule"], one.config["target"], one.config["seed"]) == ("edm", "u", 1):
+                x[m, 7] = float("nan")
+        return x
+    monkeypatch.setattr(kind_points, "draw", diverging)
+    for made in folder.glob("runs/schedule-edm-2-epochs/rings-u-mse-s1/steps-64-*/metrics.json"):
+        made.rename(made.with_name("before.json"))
+    call("schedules")
+    text = (folder / "results/beyond/schedules.md").read_text()
+    assert text.count("| edm | not finite, 1 of 2 | ") == 2
+    for made in folder.glob("runs/schedule-edm-2-epochs/rings-u-mse-s1/steps-64-*/before.json"):
+        made.replace(made.with_name("metrics.json"))
+
+
 def test_every_figure_is_drawn_and_indexed(study):
     folder, drawn, _ = study
     assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {
