@@ -197,6 +197,8 @@ def edits(kind, state):
     if kind == "rings":
         short = {key: value[:, :1] if value.ndim else value for key, value in state["optimizer"][0].items()}
         found["moments"] = state | {"optimizer": state["optimizer"] | {0: short}}
+        steps = {**state["optimizer"][0], "step": torch.zeros(1)}
+        found["steps"] = state | {"optimizer": state["optimizer"] | {0: steps}}
     short = dict(entry)
     del short["test_loss"]
     return found | {
