@@ -122,10 +122,13 @@ def has_weights(state):
 
 
 def has_moments(state, model):
-    """Is it the state of Adam for a network's weights, {0: {"step", "exp_avg", "exp_avg_sq"}, ...}?"""
+    """Is it the state of Adam for a network's weights, {0: {"step", "exp_avg", "exp_avg_sq"}, ...}?
+
+    The fused kernel does not look at shapes: moments that are too short would be read beyond their end.
+    """
     return (isinstance(state, dict) and list(state) == list(range(len(model))) and all(
         isinstance(moments, dict) and moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        and all(map(torch.is_tensor, moments.values())) and moments["step"].numel() == 1
+        and all(map(torch.is_tensor, moments.values())) and moments["step"].shape == ()
         and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == weight.shape
         for moments, weight in zip(state.values(), model.values())))
 

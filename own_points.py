@@ -82,10 +82,11 @@ def facts(path):
 
 def are_facts(value):
     """Is it what `facts` gives?"""
-    numbers = lambda key: isinstance(value[key], list) and all(type(number) is float for number in value[key])
+    numbers = lambda key, low: isinstance(value[key], list) and all(
+        type(number) is float and low < number < float("inf") for number in value[key])
     return (isinstance(value, dict) and value.keys() == {"rows", "dim", "digest", "mean", "scale"}
-            and type(value["rows"]) is int and isinstance(value["digest"], str) and numbers("mean")
-            and numbers("scale") and value["dim"] == len(value["mean"]) == len(value["scale"]) > 0)
+            and type(value["rows"]) is int and isinstance(value["digest"], str) and numbers("mean", -float("inf"))
+            and numbers("scale", 0) and value["dim"] == len(value["mean"]) == len(value["scale"]) > 0)
 
 
 def standardised(points, facts):

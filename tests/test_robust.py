@@ -28,6 +28,11 @@ OLD = Path(__file__).parent / "old"
 POINTS, IMAGES = "runs/rings-v-mse-s0", "runs/dots-v-mse-s0"
 
 
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a run of points and one of images, the images it was trained on, and worse ones."""
@@ -43,6 +48,21 @@ def made(tmp_path_factory):
         (root / "broken" / f"{i}.png").write_bytes(b"not an image")
         (root / "links" / f"{i}.png").symlink_to("/nowhere")
         (root / "truncated" / f"{i}.png").write_bytes((root / "dots" / "0.png").read_bytes()[:60])
+    points = g.normal(size=(100, 2))
+    arrays = {"points": points, "nan": points * [1, np.nan], "flat": points[:, 0], "few": points[:5],
+              "constant": points * [1, 0], "complex": points * 1j, "none": points[:, :0], "cube": points[None],
+              "words": points.astype(str)}
+    for name, array in arrays.items():
+        np.save(root / f"{name}.npy", array)
+    np.save(root / "object.npy", np.array([Bomb()] * 30), allow_pickle=True)
+    header = (root / "points.npy").read_bytes().replace(b"(100, 2)", b"(10**9,)")
+    (root / "lies.npy").write_bytes(header)
+    (root / "lies more.npy").write_bytes(header.replace(b"(10**9,)", b"(99999999999, 2)"[:8]))
+    for name, text in {"empty": "", "words": "a,b\nc,d\n", "ragged": "1,2\n3\n" * 20, "zeros": "\0" * 100}.items():
+        (root / f"{name}.csv").write_text(text)
+    (root / "folder.npy").mkdir()
+    os.mkfifo(root / "pipe.npy")
+    (root / "loop.csv").symlink_to("loop.csv")
     (root / "file").write_text("")
     (root / "loop").symlink_to(root / "loop")
     (root / "bad.npz").write_bytes(b"PK")
@@ -100,6 +120,10 @@ LINES = [  # main, its arguments
         ["data", "target", "loss", "schedule", "t-density", "device"], ["", "swis_roll", "epz", "..\0", LONG, "a b"])],
     *[(train.main, ["--data", word]) for word in ("empty", "broken", "links", "truncated", "mixed", "single", "file",
                                                   "loop", "nowhere/..", "one pixel")],
+    *[(train.main, ["--data", word]) for word in (
+        "nan.npy", "flat.npy", "few.npy", "words.npy", "constant.npy", "complex.npy", "none.npy", "cube.npy",
+        "object.npy", "lies.npy", "lies more.npy", "empty.csv", "words.csv", "ragged.csv", "zeros.csv", "folder.npy",
+        "pipe.npy", "loop.csv", "nowhere.csv", ".npy", "bad.npz", "points.npy")],      # the last: less than a batch
     *[(train.main, ["--out", word]) for word in ("", "file", "loop", LONG, "file/runs", "x\0y", "a/" * 3000)],
     *[(train.main, ["--data", "dots", "--data-dir", word]) for word in ("", "file", LONG)],
     *[(train.main, words) for words in (
@@ -173,6 +197,8 @@ def edits(kind, state):
     if kind == "rings":
         short = {key: value[:, :1] if value.ndim else value for key, value in state["optimizer"][0].items()}
         found["moments"] = state | {"optimizer": state["optimizer"] | {0: short}}
+        steps = {**state["optimizer"][0], "step": torch.zeros(1)}
+        found["steps"] = state | {"optimizer": state["optimizer"] | {0: steps}}
     short = dict(entry)
     del short["test_loss"]
     return found | {
@@ -201,9 +227,32 @@ def test_edited_checkpoints(here, capsys, kind, tmp_path, monkeypatch):
     assert not failed, "\n".join(failed)
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
+def test_edited_checkpoints_of_own_points_and_of_counted_images(here, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(here / "points.npy", "points.npy")
+    argv = ["--data", "points.npy", *RINGS[:-2], "--epochs", "1", "--batch-size", "50", "--device", "cpu"]
+    train.main(argv)
+    path = Path("runs/points.npy-v-mse-s0/ckpt.pt")
+    state, facts = run.load(path), run.load(path)["config"]["points"]
+    (path.parent / "config.json").unlink()
+    values = [*VALUES, *(facts | change for change in (
+        {"dim": 3, "mean": [0.0] * 3, "scale": [1.0] * 3}, {"dim": 1}, {"scale": [0.0, 0.0]}, {"scale": ["x", "y"]},
+        {"mean": [float("nan"), 0.0]}, {"digest": "another"}, {"rows": "x"}, {"more": 1}))]
+    failed = []
+    for value in values:
+        checkpoints.save(path, state | {"config": state["config"] | {"points": value}})
+        for main, words in (sample.main, ["--ckpt", path, "--steps", "1", "--num-samples", "2"]), (train.main, argv):
+            found = complaint(capsys, main, *words)
+            if found:
+                failed.append(f"points {value!s:.60}: {main.__module__}.py: {found}")
+    shutil.copytree(here / "dots", "dots")
+    state, path = run.load(here / IMAGES), Path(IMAGES) / "ckpt.pt"
+    for value in [*VALUES, {"count": "x", "digest": "y"}, {"count": 3, "digest": []}]:
+        checkpoints.save(path, state | {"config": state["config"] | {"images": value}})
+        found = complaint(capsys, train.main, *SPARE, "--target", "v", "--resume")
+        if found:
+            failed.append(f"images {value!s:.60}: {found}")
+    assert not failed, "\n".join(failed)
 
 
 def test_hostile_files_in_place_of_a_checkpoint(here, capsys, tmp_path, monkeypatch):

@@ -442,7 +442,7 @@ def test_two_processes_have_the_loss_curve_of_one(trained, folder, tmp_path):
     (["--data", "nothing"], "unknown data 'nothing': choose from clusters", 2),
     (["--data", "FOLDER", "rings"], "points and images cannot be trained in one call", 2),
     (["--data", "FOLDER", "--preset", "big"], "invalid choice", 2),
-    (["--data", "FOLDER", "--channels", "0"], "must be at least 4", 2),
+    (["--data", "FOLDER", "--channels", "0"], "must be in [4, 4096]", 2),
     (["--data", "rings", "--batch-size", "60000"], "must be in [1, 50000]", 2),
     (["--data", "FOLDER", "--batch-size", "41"], "less than a batch", 1),
 ])
