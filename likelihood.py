@@ -238,7 +238,8 @@ def parse(argv):
                        help="of Hutchinson's divergence (points: exact, images: 1)")
     parser.add_argument("--out", type=settings.folder,
                         help="folder for the result (the run's folder), with one in it for each of several runs")
-    parser.add_argument("--csv", metavar="PATH", help="write the results as a table, a row for each run")
+    parser.add_argument("--csv", type=settings.file, metavar="PATH",
+                        help="write the results as a table, a row for each run")
     args = parser.parse_args(argv)
     args.defaults = {name: parser.get_default(name) for name in SETTINGS}
     if args.num_ode == 1:

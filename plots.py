@@ -16,6 +16,7 @@ import torch
 import movie
 import run
 import samplers
+import settings
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
@@ -275,10 +276,10 @@ def save(fig, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python plots.py RUN... [options], see --help")
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="python plots.py RUN... [options], see --help")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or their ckpt.pt")
-    parser.add_argument("--out", default="curves.png", help="file of the figure, a PNG (curves.png)")
+    parser.add_argument("--out", type=settings.file, default="curves.png", help="the figure, a PNG (curves.png)")
     args = parser.parse_args(argv)
     runs = [run.open(path) for path in args.runs]
     for one in runs:

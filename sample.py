@@ -43,7 +43,8 @@ def parse(argv):
                         help="folder for the results (the run's folder), with one in it for each of several runs")
     parser.add_argument("--movie", action=argparse.BooleanOptionalAction, default=False,
                         help="write samples.gif, the samples in motion from noise to data")
-    parser.add_argument("--csv", metavar="PATH", help="write what was measured as a table, a row for each run")
+    parser.add_argument("--csv", type=settings.file, metavar="PATH",
+                        help="write what was measured as a table, a row for each run")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("images")
     group.add_argument("--batch-size", type=settings.number(int, 1, 10**6), help="drawn at once (64, on a GPU 250)")

@@ -42,20 +42,30 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+def path(text, is_right, wrong):
+    """A path that need not exist; ArgumentTypeError if it can be none, or is there and is not right, but `wrong`."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file or folder is empty")
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        return text
+    except (OSError, ValueError) as error:                 # a path too long, a loop of links, a character of no path
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} can be no path: {getattr(error, 'strerror', error)}") from None
+    if not is_right(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]} is {wrong}")
+    return text
+
+
 def folder(text):
     """An argparse type: the path of a folder, which need not exist."""
-    try:
-        if text and not os.path.isdir(text):
-            os.stat(text)                                  # another file, or why it can be none
-            raise argparse.ArgumentTypeError(f"{text[:80]} is a file, not a folder")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:                 # a path too long, a loop of links, a character of no path
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be a folder: {getattr(error, 'strerror', error)}") \
-            from None
-    if not text:
-        raise argparse.ArgumentTypeError("the name of a folder is empty")
-    return text
+    return path(text, os.path.isdir, "a file, not a folder")
+
+
+def file(text):
+    """An argparse type: the path of a file that may be written."""
+    folder(os.path.dirname(text) or ".")
+    return path(text, os.path.isfile, "not a file")
 
 
 def number(kind, low, high=float("inf")):

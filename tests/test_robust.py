@@ -152,6 +152,12 @@ LINES = [  # main, its arguments
     (sample.main, ["--ckpt", POINTS, f"{POINTS}/ckpt.pt", "--out", "both"]),
     *[(likelihood.main, ["--ckpt", POINTS, *words]) for words in (
         ["--num-ode", "1"], ["--uniform", "snr"], ["--data-dir", "dots"], ["--device", "tpu"], ["--ckpt"], ["--num"])],
+    *[(main, ["--ckpt", POINTS, "--csv", word]) for main in (sample.main, likelihood.main)
+      for word in ("", "dots", "loop", LONG, "file/table.csv", "x\0y", "pipe.npy")],
+    *[(plots.main, words) for words in (
+        [], [""], ["nowhere"], ["file"], ["dots"], [LONG], [POINTS, "nowhere"], [POINTS, "--out", ""],
+        [POINTS, "--out", "dots"], [POINTS, "--out", "file/curves.png"], [POINTS, "--out", "loop"],
+        [POINTS, "--nonsense"])],
     *[(images.main, [word]) for word in ("nowhere", "empty", "broken", "links", "truncated", "mixed", "single", "file",
                                          "loop", LONG, "x\0y")],
     *[(images.main, words) for words in (["dots", "dots"], ["dots", "--image-size"], ["dots", "--nonsense"])],
