@@ -146,6 +146,23 @@ def test_numbers_are_in_their_range(kind, low, high, wrong, message):
     assert parse("3") == 3 and isinstance(parse("3"), kind) and parse(str(low)) == low
 
 
+def test_paths_are_checked_as_they_are_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in "new", "new/deeper", ".":
+        assert settings.folder(f"{tmp_path}/{name}") == f"{tmp_path}/{name}"
+    for name in "new", "file":
+        assert settings.file(f"{tmp_path}/{name}") == f"{tmp_path}/{name}"
+    for parse, text, message in [
+            (settings.folder, "", "is empty"), (settings.folder, f"{tmp_path}/file", "is a file, not a folder"),
+            (settings.folder, f"{tmp_path}/file/new", "Not a directory"), (settings.folder, "a" * 300, "name too long"),
+            (settings.folder, f"{tmp_path}/loop", "can be no path"), (settings.file, "", "is empty"),
+            (settings.file, str(tmp_path), "is not a file"), (settings.file, f"{tmp_path}/file/new", "not a folder"),
+            (settings.folder, "x\0", "null")]:
+        with pytest.raises(settings.argparse.ArgumentTypeError, match=message):
+            parse(text)
+
+
 def test_the_rows_can_be_printed(tmp_path):
     result = subprocess.run([sys.executable, str(ROOT / "settings.py")], cwd=tmp_path, capture_output=True, text=True)
     lines = result.stdout.splitlines()
