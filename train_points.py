@@ -12,6 +12,7 @@ import sys
 import time
 
 import torch
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 import checkpoints
@@ -23,12 +24,42 @@ import stack
 from ddpm import SCHEDULES
 
 
+class Adam:
+    """torch.optim.Adam(parameters, lr, fused=True) to the bit. Building that imports torch's compiler: some seconds."""
+
+    def __init__(self, parameters, lr):
+        self.param_groups = [{"params": parameters, "lr": lr}]
+        self.state = [dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                      for p in parameters]
+
+    def zero_grad(self):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        steps, means, squares = ([moments[key] for moments in self.state] for key in ("step", "exp_avg", "exp_avg_sq"))
+        adam(group["params"], [p.grad for p in group["params"]], means, squares, [], steps, fused=True, amsgrad=False,
+             lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)
+
+    def state_dict(self):
+        return {"state": dict(enumerate(self.state)), "param_groups": self.param_groups}
+
+    def load_state_dict(self, state):
+        for i, moments in enumerate(self.state):
+            for key, value in moments.items():
+                value.copy_(state["state"][i][key])
+
+
 def build_optimizer(model, config):
     """Adam in one fused kernel; `train_epoch` sets its learning rate at every step. On CUDA fit to be captured."""
     parameters = list(model.parameters())
-    cuda = parameters[0].is_cuda
-    lr = torch.tensor(config["lr"], device=parameters[0].device) if cuda else config["lr"]
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=cuda)
+    device = parameters[0].device
+    if device.type == "cpu":
+        return Adam(parameters, config["lr"])
+    lr = torch.tensor(config["lr"], device=device) if device.type == "cuda" else config["lr"]
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 
 def build_step(model, optimizer, members):

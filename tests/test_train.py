@@ -196,9 +196,6 @@ def test_defaults_are_the_documented_ones():
     changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32",
                                              "--attention", "0"]))
     assert changed.items() >= (unet.PRESETS["thesis"] | dict(channels=32, attention=[0])).items()
-    config, = settings.configs(train.parse([]))
-    optimizer = train_points.build_optimizer(kind_points.build_model(config), config)
-    assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["betas"] == (0.9, 0.999)
     assert train.parse(["--batch-size", "50000"]).batch_size == 50_000
 
 
