@@ -16,6 +16,7 @@ import time
 import numpy as np
 import torch
 
+import cache
 import losses
 import metrics
 import movie
@@ -100,7 +101,9 @@ def test_batch(config):
 def optimal_predictions(data, schedule, t_min):
     """x_hat and eps_hat of the exact denoiser at a run's test points, (POINTS, 2) each: made once for all targets."""
     z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
-    return [DATASETS[data].optimal_model(target, SCHEDULES[schedule])(z, t) for target in ("x", "eps")]
+    mixture, schedule = DATASETS[data], SCHEDULES[schedule]
+    return cache.kept(lambda: [mixture.optimal_model(target, schedule)(z, t) for target in ("x", "eps")],
+                      "optimum", *vars(mixture).values(), z, t, schedule.alpha(t), schedule.sigma(t))
 
 
 @functools.cache
@@ -163,8 +166,9 @@ def floor(config, n):
 def floors(data, n, points):
     config = dict(data=data) | ({"points": json.loads(points)} if points != "null" else {})
     source, real = dataset(config), load(config)
-    return (metrics.floor(source, n, len(real), generator=run.generator("cpu", "floor")),
-            None if points != "null" else metrics.log_density(source, real).item())
+    return cache.kept(lambda: (metrics.floor(source, n, len(real), generator=run.generator("cpu", "floor")),
+                               None if points != "null" else metrics.log_density(source, real).item()),
+                      "floor", *vars(source).values(), n, real)
 
 
 def measure(config, samples):
