@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import checkpoints
+import progress
 
 FILES = 100                            # at most, of up to 0.8 MB; the oldest go
 
@@ -43,15 +44,19 @@ def digest(*parts):
 
 
 def kept(compute, name, *parts):
-    """compute(), a nest of tensors and plain values, or what it gave for equal `parts`, all that it depends on."""
+    """compute(), a nest of tensors and plain values, or what it gave for equal `parts`, all that it depends on.
+
+    name: what it is, in words; the first is that of its file.
+    """
     try:
-        path = folder() / f"{name}-{digest(*parts)[:32]}.pt"
+        path = folder() / f"{name.split()[0]}-{digest(*parts)[:32]}.pt"
         value, form = checkpoints.unpack(path.read_bytes()) if path.is_file() else ({}, None)
         if form == checkpoints.FORMAT:
             return value["value"]
     except Exception:                      # no folder, not ours, damaged: torch raises many kinds
         pass
-    value = compute()
+    with progress.announced(f"computing the {name}"):
+        value = compute()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         checkpoints.save(path, {"value": value})

@@ -21,6 +21,7 @@ import losses
 import metrics
 import movie
 import own_points
+import progress
 import run
 import samplers
 import stack
@@ -103,7 +104,7 @@ def optimal_predictions(data, schedule, t_min):
     z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
     mixture, schedule = DATASETS[data], SCHEDULES[schedule]
     return cache.kept(lambda: [mixture.optimal_model(target, schedule)(z, t) for target in ("x", "eps")],
-                      "optimum", *vars(mixture).values(), z, t, schedule.alpha(t), schedule.sigma(t))
+                      f"optimum of {data}", *vars(mixture).values(), z, t, schedule.alpha(t), schedule.sigma(t))
 
 
 @functools.cache
@@ -148,7 +149,10 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watc
     how: the sampler, grid and eta of `samplers.sample`, where they are not the default. watch: of a film of it.
     """
     members = len(runs.members)
-    model = watch(in_chunks(runs.model(device), members))
+    evaluations = steps - (how.get("sampler") == "heun")
+    add = progress.counter(f"drawing {num_samples:,} samples" + (f" of {members} runs" if members > 1 else ""),
+                           evaluations, "evaluations")
+    model = watch(progress.counted(in_chunks(runs.model(device), members), add))
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps,
                               target=[run.config["target"] for run in runs.members], schedule=runs.schedule,
                               t_min=run.smallest_t(runs.config, t_min),
@@ -168,7 +172,7 @@ def floors(data, n, points):
     source, real = dataset(config), load(config)
     return cache.kept(lambda: (metrics.floor(source, n, len(real), generator=run.generator("cpu", "floor")),
                                None if points != "null" else metrics.log_density(source, real).item()),
-                      "floor", *vars(source).values(), n, real)
+                      f"floor of {n:,} samples of {data}", *vars(source).values(), n, real)
 
 
 def measure(config, samples):
@@ -265,7 +269,8 @@ def sample(chosen, args, device):
                 movie.points([*((t, z[m]) for t, z in film.frames), (0.0, x[:movie.POINTS])], load(config),
                              (f"{config['data']}, data", title), plots.COLOURS.get(config["target"], "black"),
                              out / "samples.gif")
-            print(f"wrote samples.npy, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/")
+            print(f"wrote samples.npy, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/; "
+                  f"{progress.seconds():.1f} s in all")
         if done < len(chosen):
             left = (time.perf_counter() - start) / done * (len(chosen) - done)
             print(f"{done} of {len(chosen)} runs, {left:.0f} s left", flush=True)
