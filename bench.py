@@ -11,9 +11,6 @@ have as many channels, blocks and layers; FLOP are counted (two for a multiply a
 passes) and compared with a large product of matrices in the same run. Rounds alternate and the median counts. Peak
 memory is the process's resident set on a CPU and torch's allocations on CUDA.
 """
-import threads  # noqa: F401 - before torch
-
-# isort: split
 import argparse
 import functools
 import resource

@@ -19,9 +19,6 @@ Not here: the exact log-density of the 2D data, `datasets2d.log_prob`, with whic
     python likelihood.py --ckpt runs/rings-* --steps 64            # the bound of 64 discrete steps
     python likelihood.py --ckpt runs/fashion_mnist-v-mse-s0 --num 500
 """
-import threads  # noqa: F401 - before torch
-
-# isort: split
 import argparse
 import json
 import math

@@ -10,9 +10,6 @@ Runs and their samples are kept under --runs and never made twice; an interrupte
 to <out>/<document>/ with their index, index.md, and the numbers of every run that they used, runs.jsonl. What they
 show is written by hand, for the committed runs, in results/<document>/README.md.
 """
-import threads  # noqa: F401 - before torch
-
-# isort: split
 import argparse
 import json
 import time

@@ -14,9 +14,6 @@ of the first) and metrics.json. A call that was killed goes on with the first im
 
 What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samplers in `samplers.py`.
 """
-import threads  # noqa: F401 - before torch
-
-# isort: split
 import argparse
 
 import run

@@ -11,9 +11,6 @@ batches are functions of (seed, step): runs of one seed differ in their target a
 are in `train_points.py` (as stacks, see `stack.py`) and in `train_images.py` (one after the other; torchrun for several
 GPUs), the settings in `settings.py`.
 """
-import threads  # noqa: F401 - before torch
-
-# isort: split
 import argparse
 import itertools
 import os

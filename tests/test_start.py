@@ -1,7 +1,4 @@
 """How soon a script starts: what it imports, our Adam beside torch's."""
-import ast
-import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +9,6 @@ from torch.testing import assert_close
 
 import kind_points
 import stack
-import threads
 import train_points
 
 ROOT = Path(__file__).parent.parent
@@ -92,25 +88,3 @@ def test_an_optimizer_leaves_the_state_it_is_given_alone(trained):
     other.load_state_dict({"state": state})
     follow(other, ours, gradients[1:2])
     assert_close(state, mine.state_dict()["state"], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "likelihood.py", "reproduce.py", "bench.py"])
-def test_scripts_choose_how_threads_wait_before_torch_is_loaded(script):
-    body = ast.parse((ROOT / script).read_text()).body
-    first = next(node for node in body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    assert isinstance(first, ast.Import) and [alias.name for alias in first.names] == ["threads"]
-
-
-@pytest.mark.parametrize("chosen, expected", [
-    ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}),
-    ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}), ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
-    ({"KMP_BLOCKTIME": "200"}, {"KMP_BLOCKTIME": "200"})])
-def test_threads_wait_passively_unless_the_user_has_chosen(monkeypatch, chosen, expected):
-    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
-    for name in names:
-        monkeypatch.setenv(name, "")       # put back after the test
-        monkeypatch.delenv(name)
-    for name, value in chosen.items():
-        monkeypatch.setenv(name, value)
-    importlib.reload(threads)
-    assert {name: os.environ[name] for name in names if name in os.environ} == expected
