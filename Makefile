@@ -1,5 +1,6 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 CORE = ddpm.py targets.py losses.py samplers.py datasets2d.py mlp.py
 
 .PHONY: demo test lint bench
@@ -8,7 +9,7 @@ CORE = ddpm.py targets.py losses.py samplers.py datasets2d.py mlp.py
 demo: .venv/.installed
 	$(RUN) train.py --data rings --target eps --loss mse --resume
 	$(RUN) sample.py --ckpt runs/rings-eps-mse-s0 --steps 512
-	@echo "To go on by hand: source .venv/bin/activate"
+	@echo "to go on by hand: source .venv/bin/activate"
 
 # Two processes of one thread: threads of small tensors only wait for each other.
 test: .venv/.installed-dev
@@ -24,10 +25,11 @@ bench: .venv/.installed
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -r requirements.txt
-	touch $@
+	@echo "installing requirements.txt into .venv, torch is large: minutes"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt
+	@touch $@
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
-	$(RUN) -m pip install -r requirements-dev.txt
-	touch $@
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

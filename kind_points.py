@@ -16,15 +16,18 @@ import time
 import numpy as np
 import torch
 
+import cache
 import losses
 import metrics
 import movie
 import own_points
+import progress
 import run
 import samplers
 import stack
 import tables
 import targets
+import threads
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from mlp import MLP
@@ -100,7 +103,9 @@ def test_batch(config):
 def optimal_predictions(data, schedule, t_min):
     """x_hat and eps_hat of the exact denoiser at a run's test points, (POINTS, 2) each: made once for all targets."""
     z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
-    return [DATASETS[data].optimal_model(target, SCHEDULES[schedule])(z, t) for target in ("x", "eps")]
+    mixture, schedule = DATASETS[data], SCHEDULES[schedule]
+    return cache.kept(lambda: [mixture.optimal_model(target, schedule)(z, t) for target in ("x", "eps")],
+                      f"optimum of {data}", *vars(mixture).values(), z, t, schedule.alpha(t), schedule.sigma(t))
 
 
 @functools.cache
@@ -145,7 +150,10 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watc
     how: the sampler, grid and eta of `samplers.sample`, where they are not the default. watch: of a film of it.
     """
     members = len(runs.members)
-    model = watch(in_chunks(runs.model(device), members))
+    evaluations = steps - (how.get("sampler") == "heun")
+    add = progress.counter(f"drawing {num_samples:,} samples" + (f" of {members} runs" if members > 1 else ""),
+                           evaluations, "evaluations")
+    model = watch(progress.counted(threads.shared(in_chunks(runs.model(device), members)), add))
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps,
                               target=[run.config["target"] for run in runs.members], schedule=runs.schedule,
                               t_min=run.smallest_t(runs.config, t_min),
@@ -163,8 +171,9 @@ def floor(config, n):
 def floors(data, n, points):
     config = dict(data=data) | ({"points": json.loads(points)} if points != "null" else {})
     source, real = dataset(config), load(config)
-    return (metrics.floor(source, n, len(real), generator=run.generator("cpu", "floor")),
-            None if points != "null" else metrics.log_density(source, real).item())
+    return cache.kept(lambda: (metrics.floor(source, n, len(real), generator=run.generator("cpu", "floor")),
+                               None if points != "null" else metrics.log_density(source, real).item()),
+                      f"floor of {n:,} samples of {data}", *vars(source).values(), n, real)
 
 
 def measure(config, samples):
@@ -261,7 +270,8 @@ def sample(chosen, args, device):
                 movie.points([*((t, z[m]) for t, z in film.frames), (0.0, x[:movie.POINTS])], load(config),
                              (f"{config['data']}, data", title), plots.COLOURS.get(config["target"], "black"),
                              out / "samples.gif")
-            print(f"wrote samples.npy, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/")
+            print(f"wrote samples.npy, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/; "
+                  f"{progress.seconds():.1f} s in all")
         if done < len(chosen):
             left = (time.perf_counter() - start) / done * (len(chosen) - done)
             print(f"{done} of {len(chosen)} runs, {left:.0f} s left", flush=True)

@@ -27,6 +27,7 @@ import time
 import torch
 
 import losses
+import progress as clock
 import run
 import samplers
 import settings
@@ -276,7 +277,7 @@ def main(argv=None):
         result = tables.likelihood(one, terms, args, show, draws=args.draws, probes=args.probes,
                                    evaluations=evaluations, seconds=time.perf_counter() - start, device=str(device))
         run.write(out / file, json.dumps(result, indent=2).encode())
-        print(f"wrote {out / file}")
+        print(f"wrote {out / file}; {clock.seconds():.1f} s in all")
         lines.append({column: value for name, found in result.items() for column, value in (
             zip((name, f"{name} error"), found) if isinstance(found, tuple) else [(name, found)])})
     tables.show(lines, args.csv, tables.OF_LIKELIHOOD)

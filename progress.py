@@ -5,8 +5,10 @@ own after 3 seconds and then the rarer the longer it takes, at least every 30 se
 
     python progress.py        # five seconds of work
 """
+import contextlib
 import os
 import sys
+import threading
 import time
 
 BEGAN = time.perf_counter() - time.process_time()      # until here the process has imported: what it took of a CPU
@@ -22,6 +24,22 @@ def say(line):
     terminal = sys.stderr.isatty()
     if line or terminal:
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def announced(line, after=1):
+    """Say what is being done if it takes longer than `after` seconds; on a terminal the line goes when it is done."""
+    spoken = threading.Event()
+    timer = threading.Timer(after, lambda: (spoken.set(), say(line)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        if spoken.is_set():
+            say("")
 
 
 def due(start, shown):

@@ -12,23 +12,56 @@ import sys
 import time
 
 import torch
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 import checkpoints
 import kind_points
 import losses
+import progress
 import run
 import settings
 import stack
+import threads
 from ddpm import SCHEDULES
+
+
+class Adam:
+    """torch.optim.Adam(parameters, lr, fused=True) to the bit. Building that imports torch's compiler: some seconds."""
+
+    def __init__(self, parameters, lr):
+        self.param_groups = [{"params": parameters, "lr": lr}]
+        self.state = [dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                      for p in parameters]
+
+    def zero_grad(self):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        steps, means, squares = ([moments[key] for moments in self.state] for key in ("step", "exp_avg", "exp_avg_sq"))
+        adam(group["params"], [p.grad for p in group["params"]], means, squares, [], steps, fused=True, amsgrad=False,
+             lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)
+
+    def state_dict(self):
+        return {"state": dict(enumerate(self.state)), "param_groups": self.param_groups}
+
+    def load_state_dict(self, state):
+        for i, moments in enumerate(self.state):
+            for key, value in moments.items():
+                value.copy_(state["state"][i][key])
 
 
 def build_optimizer(model, config):
     """Adam in one fused kernel; `train_epoch` sets its learning rate at every step. On CUDA fit to be captured."""
     parameters = list(model.parameters())
-    cuda = parameters[0].is_cuda
-    lr = torch.tensor(config["lr"], device=parameters[0].device) if cuda else config["lr"]
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=cuda)
+    device = parameters[0].device
+    if device.type == "cpu":
+        return Adam(parameters, config["lr"])
+    lr = torch.tensor(config["lr"], device=device) if device.type == "cuda" else config["lr"]
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 
 def build_step(model, optimizer, members):
@@ -46,7 +79,7 @@ def ready_step(model, optimizer, members, batch_size, dim=2):
     """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do."""
     step, device = build_step(model, optimizer, members), next(model.parameters()).device
     if device.type != "cuda":
-        return step
+        return threads.shared(step)
     rows = members * batch_size
     z, t = torch.zeros(rows, dim, device=device), torch.full((rows,), 0.5, device=device)
     return stack.captured(step, model, optimizer, (z, t, z, t))
@@ -88,8 +121,8 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
 
     errors = torch.empty_like(t)
     for i in range(steps):
-        progress = (epoch * steps + i) / (shared["epochs"] * steps)
-        rate = shared["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+        done = (epoch * steps + i) / (shared["epochs"] * steps)
+        rate = shared["lr"] * 0.5 * (1 + math.cos(math.pi * done))
         group = optimizer.param_groups[0]
         group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
         errors[i] = step(z[i], t[i], y[i], w[i])
@@ -99,12 +132,13 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
     return errors.mean(2).T, over_t                                                         # errors (M, steps, batch)
 
 
-def train_stack(runs, device, on_step, on_epoch):
+def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     """Train runs, [(folder, config, checkpoint or None)], with equally many finished epochs to the end, as one stack.
 
     They differ in data, target, loss and seed only. Writes their folders after every epoch, or where that would take
     long after some seconds. A member whose loss is not finite is left at its last checkpoint. Returns a sentence for
-    each of those. on_epoch(epoch, mean train loss, mean test loss).
+    each of those. on_ready() is called before the first step, on_epoch(epoch, train losses, test losses) after each
+    epoch with those of the members that are not left.
     """
     folders, configs, states = zip(*runs)
     shared, members = configs[0], len(runs)
@@ -135,6 +169,7 @@ def train_stack(runs, device, on_step, on_epoch):
     step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared))
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
+    on_ready()
     for epoch in range(len(histories[0]), shared["epochs"]):
         start = time.perf_counter()
         train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
@@ -165,11 +200,17 @@ def train_stack(runs, device, on_step, on_epoch):
                                                   optimizer=stack.member(optimizer.state_dict()["state"], m)))
             saved_at = time.perf_counter()
             saving = saved_at - start
-        on_epoch(epoch + 1, sum(train_losses) / members, sum(losses[0] for losses in test_losses) / members)
+        on_epoch(epoch + 1, *zip(*((train_losses[m], test_losses[m][0]) for m in range(members) if m not in diverged)))
 
     kept = lambda folder: len(run.load(folder)["history"]) if (folder / "ckpt.pt").exists() else 0
     return [f"{folders[m]}: the loss is not finite from step {step} on - lower --lr or raise --t-min; "
             f"{kept(folders[m])} finished epochs are kept" for m, step in diverged.items()]
+
+
+def in_words(losses):
+    """Their mean, and of several their range."""
+    spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
+    return f"{sum(losses) / len(losses):.4f}{spread}"
 
 
 def train(args, device):
@@ -189,7 +230,7 @@ def train(args, device):
 
     terminal, start = sys.stderr.isatty(), time.perf_counter()
     before = sum(finished(run) * steps[run[1]["data"]] for run in runs)
-    done, failures = before, []
+    done, failures, spent, since, shown = before, [], 0.0, start, start    # spent: seconds of training alone
     with tqdm(total=args.epochs * sum(steps[config["data"]] for config in configs), initial=before, unit="step",
               disable=not terminal, smoothing=0) as bar:
         say = bar.write if terminal else functools.partial(print, flush=True)
@@ -200,19 +241,26 @@ def train(args, device):
                 + (f", after epoch {finished(group[0])}" if finished(group[0]) else "")
                 + (f"; stack {number} of {len(stacks)}" if len(stacks) > 1 else ""))
 
-            def on_epoch(epoch, train_loss, test_loss):
-                nonlocal done
+            def on_ready():
+                nonlocal since
+                since = time.perf_counter()
+                bar.unpause()
+
+            def on_epoch(epoch, train_losses, test_losses):
+                nonlocal done, spent, since, shown
                 done += of_epoch * len(group)                                                   # noqa: B023
-                line = f"epoch {epoch:3d}" + (f"  train {train_loss:.4f}  test {test_loss:.4f}"
-                                              if len(group) == 1 else "")                       # noqa: B023
-                spent = time.perf_counter() - start
+                now = time.perf_counter()
+                spent, since = spent + now - since, now
+                line = f"epoch {epoch:3d}  train {in_words(train_losses)}  test {in_words(test_losses)}"
                 left = spent / (done - before) * (bar.total - done)
                 if terminal:
                     bar.set_description(line)
-                elif len(group) == 1 or epoch % 10 == 0 or epoch == args.epochs:                # noqa: B023
-                    say(f"{line}  {spent:.0f} s, {left:.0f} s left")
+                elif len(group) == 1 or epoch == args.epochs or progress.due(start, shown):     # noqa: B023
+                    shown = now
+                    say(f"{line}  {progress.seconds():.0f} s, {left:.0f} s left")
             with run.enough_memory("a smaller --stack, --width or --batch-size"):
-                failures += train_stack(group, device, lambda: bar.update(len(group)), on_epoch)  # noqa: B023
+                failures += train_stack(group, device, lambda: bar.update(len(group)),          # noqa: B023
+                                        on_epoch, on_ready)
     if failures:                           # the others are done
         raise SystemExit("\n".join(failures))
 
@@ -223,5 +271,6 @@ def train(args, device):
         best = ("best possible unknown", "unknown") if last["optimum"] is None else (
             f"best possible {last['optimum']:.4f}", f"{last['optimum_nelbo']:.3f}")
         print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), "
-              f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
+              f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, "
+              f"{last['seconds']:.0f} s of training, {progress.seconds():.0f} s in all")
     print("next: " + run.command("sample.py", "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", 512))
