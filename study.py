@@ -8,6 +8,7 @@ Not here: the tables and figures (`reproduce_thesis.py`, `reproduce_beyond.py`).
 """
 import functools
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -258,10 +259,10 @@ def exact_nelbo(model, target, data, stabiliser=0.0):
 # Cells of tables, and Markdown
 
 def cell(values):
-    """Mean and, of more than one seed, standard deviation (n - 1); None: samples of that seed are not finite."""
-    lost = values.count(None)
+    """Mean and, of more than one seed, standard deviation (n - 1). None and infinite: samples of a seed that diverge."""
+    lost = sum(value is None or not math.isfinite(value) for value in values)
     if lost:
-        return f"not finite, {lost} of {len(values)}"
+        return f"diverges, {lost} of {len(values)}"
     mean = statistics.mean(values)
     form = ".3f" if abs(mean) < 100 else ".0f" if abs(mean) < 1e6 else ".0e"
     return f"{mean:{form}}" + (f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else "")

@@ -407,7 +407,7 @@ def test_samples_that_are_not_finite_are_said_to_be_and_stop_no_table(study, mon
         made.rename(made.with_name("before.json"))
     call("schedules")
     text = (folder / "results/beyond/schedules.md").read_text()
-    assert text.count("| edm | not finite, 1 of 2 | ") == 2
+    assert text.count("| edm | diverges, 1 of 2 | ") == 2
     for made in folder.glob("runs/schedule-edm-2-epochs/rings-u-mse-s1/steps-64-*/before.json"):
         made.replace(made.with_name("metrics.json"))
 
