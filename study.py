@@ -259,7 +259,7 @@ def exact_nelbo(model, target, data, stabiliser=0.0):
 # Cells of tables, and Markdown
 
 def cell(values):
-    """Mean and, of more than one seed, standard deviation (n - 1). None and infinite: samples of a seed that diverge."""
+    """Mean and, of more than one seed, standard deviation (n - 1). None, infinite: samples of a seed that diverge."""
     lost = sum(value is None or not math.isfinite(value) for value in values)
     if lost:
         return f"diverges, {lost} of {len(values)}"

@@ -148,8 +148,8 @@ def test_shapes_are_the_described_ones():
     noise = {"clusters": 0.2, "rings": 0.05, "swiss_roll": 0.5, "waves": 0.25}
     mean = {"swiss_roll": spiral.mean(1)}
     raw = {}
-    for name, data in DATASETS.items():
-        scale = torch.tensor(var[name], dtype=F64).sqrt()
+    for name in var:
+        data, scale = DATASETS[name], torch.tensor(var[name], dtype=F64).sqrt()
         assert_close(data.std, noise[name] / scale, rtol=1e-5, atol=0)
         raw[name] = data.centres * scale + mean.get(name, 0)
     x, y = raw["clusters"].T
@@ -179,7 +179,7 @@ COARSE = {"clusters": DATASETS["clusters"], "rings": datasets2d.standardised(*da
           "waves": datasets2d.standardised(*datasets2d.waves(150))}      # fewer centres: 7 times faster
 
 
-@every_set
+@pytest.mark.parametrize("name", COARSE)
 def test_ancestral_sampling_with_the_exact_denoiser_ends_at_the_floor(name):
     data, schedule, g = COARSE[name], ddpm.SCHEDULES["cosine"], torch.Generator().manual_seed(1)
     samples = samplers.sample(data.optimal_model("v", schedule), (5000, 2), 384, target="v", schedule=schedule,

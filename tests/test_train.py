@@ -186,7 +186,8 @@ def test_defaults_are_the_documented_ones():
                   seed=0, seeds=1, device="auto", stack=None, out="runs", resume=False, overwrite=False)
     images = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None,
                   channel_mult=None, layers=None, mid_blocks=None, attention=None, precision="auto", ema=0.9999,
-                  warmup=1000, clip_norm=1.0, minutes=math.inf, test_every=2000, grid_every=10_000, compile=None)
+                  warmup=1000, clip_norm=1.0, minutes=math.inf, test_every=2000, grid_every=10_000, compile=None,
+                  dropout=0.0, flip=None)
     assert args == dict(kind="points", **dict.fromkeys(images), **shared, data=["rings"], epochs=100, batch_size=512,
                         lr=1e-3, width=128)
     of_images = train.parse(["--data", "cifar10"])
@@ -360,7 +361,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "moons"], "unknown data 'moons': choose from clusters"),
+    (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "cubes"], "unknown data 'cubes': choose from .*clusters"),
     (["--epochs", "0"], r"must be in \[1, 1000000\], got 0"), (["--epochs", "two"], "'two' is not a whole number"),
     (["--batch-size", "60000"], r"must be in \[1, 50000\]"), (["--t-min", "0.7"], "must be in"),
     (["--lr", "nan"], r"must be in \[1e-12, 1000000\], got nan"), (["--lr", "inf"], "must be in"),
