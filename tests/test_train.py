@@ -361,7 +361,8 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--target", "foo"], "invalid choice: 'foo'"), (["--data", "cubes"], "unknown data 'cubes': choose from .*clusters"),
+    (["--target", "foo"], "invalid choice: 'foo'"),
+    (["--data", "cubes"], "unknown data 'cubes': choose from .*clusters"),
     (["--epochs", "0"], r"must be in \[1, 1000000\], got 0"), (["--epochs", "two"], "'two' is not a whole number"),
     (["--batch-size", "60000"], r"must be in \[1, 50000\]"), (["--t-min", "0.7"], "must be in"),
     (["--lr", "nan"], r"must be in \[1e-12, 1000000\], got nan"), (["--lr", "inf"], "must be in"),
