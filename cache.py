@@ -13,8 +13,8 @@ import torch
 
 import checkpoints
 import progress
+import threads
 
-THREADS = torch.get_num_threads()      # `threads.shared` may take fewer for a while
 FILES = 100                            # at most, of up to 0.8 MB; the oldest go
 
 
@@ -36,7 +36,7 @@ def code():
 
 def digest(*parts):
     """A name for tensors on the CPU and plain values, their content; of other objects, if they are equal in print."""
-    result = hashlib.sha256(repr((code(), THREADS)).encode())
+    result = hashlib.sha256(repr((code(), threads.MOST)).encode())
     for part in parts:
         tensor = torch.is_tensor(part)
         result.update(repr((part.shape, part.dtype) if tensor else part).encode() + b"\n")

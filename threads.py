@@ -8,14 +8,15 @@ import time
 
 import torch
 
+MOST = torch.get_num_threads()         # what torch or the user ($OMP_NUM_THREADS) has chosen
+
 
 def shared(work, window=0.2, patience=5.0):
     """A function as one that halves torch's threads when it gets less than 3/4 of their time, and tries more later.
 
     window, patience: seconds of work after which that is judged, and after which more threads are tried.
     """
-    most = torch.get_num_threads()
-    if most == 1:
+    if MOST == 1:
         return work
     wall = used = 0.0
     warm = False                           # the first call may read and compile
@@ -29,7 +30,7 @@ def shared(work, window=0.2, patience=5.0):
         warm, threads = True, torch.get_num_threads()
         busy = used < 0.75 * threads * wall
         if wall > window and threads > 1 and busy or wall > patience:
-            torch.set_num_threads(max(1, threads // 2) if busy else min(most, 2 * threads))
+            torch.set_num_threads(max(1, threads // 2) if busy else min(MOST, 2 * threads))
             wall = used = 0.0
         return result
     return call

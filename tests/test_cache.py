@@ -58,7 +58,7 @@ def test_the_second_process_computes_nothing_and_has_the_same_bits(place):
 @pytest.mark.parametrize("owner, name, value", [
     (kind_points, "POINTS", 400), (kind_points, "DATASETS", {**DATASETS, "rings": DATASETS["clusters"]}),
     (kind_points, "SCHEDULES", {"cosine": kind_points.SCHEDULES["linear"]}), (torch, "__version__", "3.0"),
-    (cache, "THREADS", 7)])
+    (cache.threads, "MOST", 7)])
 def test_what_depends_on_something_else_is_computed(place, monkeypatch, owner, name, value):
     asked()
     monkeypatch.setattr(owner, name, value)
