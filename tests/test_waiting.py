@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kind_points
+import likelihood
 import progress
 import run
 import samplers
@@ -123,3 +124,27 @@ def test_optimum_and_floor_are_announced(monkeypatch, capsys, tmp_path):
     for function in kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors:
         function.cache_clear()
     assert said == ["computing the optimum of rings", "computing the floor of 2,000 samples of rings"]
+
+
+def test_the_flow_of_a_likelihood_says_how_long_it_takes(clock, capsys, monkeypatch):
+    """Within a batch, from its evaluations; the draws of the bound do not count."""
+    train.main([*WORDS, "1"])
+    network = run.Run.model
+    monkeypatch.setattr(run.Run, "model", lambda self, device: Slow(clock, network(self, device)))
+    capsys.readouterr()
+    likelihood.main("--num 20 --batch-size 10 --draws 2 --ode-steps 5".split())
+    lines = capsys.readouterr().err.splitlines()
+    done, total, left = (int(number) for number in re.findall(r"\d+", lines[0]))
+    assert total == 4 * 5 * 20 and done % 10 == 0 and left == (total - done) / 10
+
+
+class Slow(torch.nn.Module):
+    """A network of which an evaluation takes a second of the clock where gradients are taken."""
+
+    def __init__(self, clock, network):
+        super().__init__()
+        self.clock, self.network = clock, network
+
+    def forward(self, z, t):
+        self.clock.now += torch.is_grad_enabled()
+        return self.network(z, t)
