@@ -153,7 +153,7 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watc
     evaluations = steps - (how.get("sampler") == "heun")
     add = progress.counter(f"drawing {num_samples:,} samples" + (f" of {members} runs" if members > 1 else ""),
                            evaluations, "evaluations")
-    model = watch(progress.counted(threads.shared(in_chunks(runs.model(device), members)), add))
+    model = watch(progress.counted(threads.shared(in_chunks(runs.model(device), members), device), add))
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps,
                               target=[run.config["target"] for run in runs.members], schedule=runs.schedule,
                               t_min=run.smallest_t(runs.config, t_min),

@@ -32,6 +32,7 @@ import run
 import samplers
 import settings
 import tables
+import threads
 
 
 def nats(c):
@@ -266,10 +267,18 @@ def main(argv=None):
             seconds = time.perf_counter() - start                                   # noqa: B023 - called in this turn
             print(f"{done:,} of {len(x):,} examples, "                              # noqa: B023
                   f"{seconds / done * (len(x) - done):.0f} s left", flush=True)     # noqa: B023
+        network = threads.shared(one.model(device).to(x.dtype), device)
+        examples = 0 if args.tolerance else len(x) if args.num_ode is None else min(args.num_ode, len(x))
+        add = clock.counter("flow", 4 * args.ode_steps * examples, "evaluations, one an example")
+
+        def model(z, t):
+            prediction = network(z, t)                                                  # noqa: B023
+            add(len(z) if torch.is_grad_enabled() else 0)      # the flow takes the time    # noqa: B023
+            return prediction
         try:
             with run.enough_memory("a smaller --batch-size"):
                 terms, evaluations = evaluate(
-                    one.model(device).to(x.dtype), x, one.config, args.draws, args.steps, args.uniform, args.num_ode,
+                    model, x, one.config, args.draws, args.steps, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
                     run.generator(device, args.seed, "likelihood"), progress)
         except ValueError as error:

@@ -11,12 +11,13 @@ import torch
 MOST = torch.get_num_threads()         # what torch or the user ($OMP_NUM_THREADS) has chosen
 
 
-def shared(work, window=0.2, patience=5.0):
+def shared(work, device="cpu", window=0.2, patience=5.0):
     """A function as one that halves torch's threads when it gets less than 3/4 of their time, and tries more later.
 
+    device: where it works; only a CPU's is watched.
     window, patience: seconds of work after which that is judged, and after which more threads are tried.
     """
-    if MOST == 1:
+    if MOST == 1 or torch.device(device).type != "cpu":
         return work
     wall = used = 0.0
     warm = False                           # the first call may read and compile

@@ -79,7 +79,7 @@ def ready_step(model, optimizer, members, batch_size, dim=2):
     """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do."""
     step, device = build_step(model, optimizer, members), next(model.parameters()).device
     if device.type != "cuda":
-        return threads.shared(step)
+        return threads.shared(step, device)
     rows = members * batch_size
     z, t = torch.zeros(rows, dim, device=device), torch.full((rows,), 0.5, device=device)
     return stack.captured(step, model, optimizer, (z, t, z, t))

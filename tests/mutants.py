@@ -647,7 +647,6 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("train_points.py", "({min(losses):.4f} to", "({losses[0]:.4f} to"),
     ("train_points.py", "or progress.due(start, shown)", "or True"),
     ("kind_points.py", 'steps - (how.get("sampler") == "heun")', "steps"),
-    ("kind_points.py", "vars(mixture).values(), z, t,", "z, t,"),
     ("kind_points.py", "schedule.alpha(t), schedule.sigma(t))\n\n", "t)\n\n"),
     ("kind_points.py", "vars(source).values(), n, real)", "vars(source).values(), real)"),
     ("cache.py", "if form == checkpoints.FORMAT:", "if form:"),

@@ -52,6 +52,7 @@ def test_the_second_process_computes_nothing_and_has_the_same_bits(place):
     data = DATASETS["rings"]
     fresh = metrics.floor(data, 50, 500, generator=kind_points.run.generator("cpu", "floor"))
     assert second[1] == (fresh, metrics.log_density(data, kind_points.load(dict(data="rings"))).item())
+    assert kind_points.floors("rings", 60, "null")[0] != first[1][0]
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 

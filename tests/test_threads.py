@@ -69,6 +69,8 @@ def test_beside_others_threads_are_halved_and_tried_again_later(machine):
 def test_a_function_of_one_thread_is_left_as_it_is(machine, monkeypatch):
     monkeypatch.setattr(threads, "MOST", 1)
     assert threads.shared(machine.work) == machine.work
+    monkeypatch.setattr(threads, "MOST", 4)
+    assert threads.shared(machine.work, "cuda") == machine.work
 
 
 def test_arguments_and_result_pass(machine):
@@ -97,10 +99,10 @@ def test_what_is_learned_does_not_depend_on_the_threads(members):
 def test_training_and_sampling_share(monkeypatch):
     """The step that trains, and the network that draws, on a CPU."""
     shared = []
-    monkeypatch.setattr(threads, "shared", lambda work: shared.append(work) or work)
+    monkeypatch.setattr(threads, "shared", lambda work, device: shared.append(device) or work)
     config, = settings.configs(train.parse(["--width", "8"]))
     model = kind_points.build_model(config)
     train_points.ready_step(model, train_points.build_optimizer(model, config), 1, 512)
     one = kind_points.run.Run("none", dict(config=config, model=model.state_dict(), history=[]))
     kind_points.draw(one, 2, 10)
-    assert len(shared) == 2
+    assert [str(device) for device in shared] == ["cpu", "cpu"]

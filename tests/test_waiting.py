@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kind_points
+import likelihood
 import progress
 import run
 import samplers
@@ -56,12 +57,12 @@ def test_time_left_is_that_of_training_and_the_clock_that_of_the_process(clock, 
     train.main([*WORDS, "10", "--seeds", "20", "--out", "many"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     left = [int(re.search(r", (\d+) s left$", line)[1]) for line in lines]
-    assert left[0] == round(2 / 8 * (200 - 8)) and left[-1] == 0
+    assert left[0] == round(2 / 8 * (200 - 8)) and left[-1] == 0 and len(lines) < 20
     assert sum(line.startswith("epoch  10") for line in lines) == 3
 
 
 def test_several_runs_say_mean_and_range_of_their_losses(clock, capsys):
-    train.main([*WORDS, "1", "--target", "x", "v"])
+    train.main([*WORDS, "1", "--target", "v", "x"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
     shown = r"(\d+\.\d{4}) \((\d+\.\d{4}) to (\d+\.\d{4})\)"
     found = re.match(rf"epoch   1  train {shown}  test {shown}  ", line)
@@ -123,3 +124,27 @@ def test_optimum_and_floor_are_announced(monkeypatch, capsys, tmp_path):
     for function in kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors:
         function.cache_clear()
     assert said == ["computing the optimum of rings", "computing the floor of 2,000 samples of rings"]
+
+
+def test_the_flow_of_a_likelihood_says_how_long_it_takes(clock, capsys, monkeypatch):
+    """Within a batch, from its evaluations; the draws of the bound do not count."""
+    train.main([*WORDS, "1"])
+    network = run.Run.model
+    monkeypatch.setattr(run.Run, "model", lambda self, device: Slow(clock, network(self, device)))
+    capsys.readouterr()
+    likelihood.main("--num 20 --batch-size 10 --draws 2 --ode-steps 5".split())
+    lines = capsys.readouterr().err.splitlines()
+    done, total, left = (int(number) for number in re.findall(r"\d+", lines[0]))
+    assert total == 4 * 5 * 20 and done % 10 == 0 and left == (total - done) / 10
+
+
+class Slow(torch.nn.Module):
+    """A network of which an evaluation takes a second of the clock where gradients are taken."""
+
+    def __init__(self, clock, network):
+        super().__init__()
+        self.clock, self.network = clock, network
+
+    def forward(self, z, t):
+        self.clock.now += torch.is_grad_enabled()
+        return self.network(z, t)
