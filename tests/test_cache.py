@@ -19,10 +19,11 @@ HEAVY = kind_points.optimal_predictions, kind_points.optimal_errors, kind_points
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_LOSSES_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(kind_points, "POINTS", 500)
-    for function in HEAVY:
+    for function in *HEAVY, cache.code:
         function.cache_clear()
     yield tmp_path / "kept"
-    for function in HEAVY:
+    monkeypatch.undo()
+    for function in *HEAVY, cache.code:
         function.cache_clear()
 
 
