@@ -655,7 +655,6 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("cache.py", "str(torch.__version__),", "0,"),
     ("cache.py", "repr((code(), threads.MOST))", "repr(code())"),
     ("cache.py", "mode=0o700", "mode=0o755"),
-    ("cache.py", "if path.is_file()", "if True"),
     ("cache.py", "[:-FILES]", "[FILES:]"),
     ("progress.py", "        timer.cancel()\n", ""),
     ("progress.py", "        if spoken.is_set():\n            say", "        if False:\n            say"),
