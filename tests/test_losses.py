@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from test_datasets2d import COARSE
 from test_ddpm import every_schedule
 from torch.testing import assert_close
 
@@ -158,7 +159,7 @@ THESIS = {"clusters": [0.4754, 0.3522, 0.8264, 2.6934, 0.6777, 2.3636, 2.5396, 0
 
 def stabilised_optimum(name, loss, target, n):
     """Loss of the exact denoiser with the thesis's stabiliser and t in (0, 1)."""
-    t_min, dataset = 1e-6, DATASETS[name]
+    t_min, dataset = 1e-6, COARSE[name]
     u = torch.quasirandom.SobolEngine(6, scramble=True, seed=0).draw(n, dtype=F64)     # 30 times less error than random
     noise = torch.distributions.Normal(0, 1).icdf(u[:, :4].clamp(1e-12, 1 - 1e-12))
     x, eps = dataset.centres[(len(dataset.centres) * u[:, 4]).long()] + dataset.std * noise[:, :2], noise[:, 2:]
