@@ -271,6 +271,6 @@ def train(args, device):
         best = ("best possible unknown", "unknown") if last["optimum"] is None else (
             f"best possible {last['optimum']:.4f}", f"{last['optimum_nelbo']:.3f}")
         print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), "
-              f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, "
-              f"{last['seconds']:.0f} s of training, {progress.seconds():.0f} s in all")
-    print("next: " + run.command("sample.py", "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", 512))
+              f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
+    following = run.command("sample.py", "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", 512)
+    print(f"{progress.seconds():.0f} s in all; next: {following}")

@@ -52,7 +52,7 @@ def test_time_left_is_that_of_training_and_the_clock_that_of_the_process(clock, 
              for line in lines[1:11]]
     assert [int(match[2]) for match in found] == [18, 16, 14, 12, 10, 8, 6, 4, 2, 0]
     assert [int(match[1]) for match in found] == [round(clock.now - began - 2 * i) for i in range(9, -1, -1)]
-    assert lines[11].endswith(f" s of training, {clock.now - began:.0f} s in all")
+    assert lines[12].startswith(f"{clock.now - began:.0f} s in all; next: python ")
 
     train.main([*WORDS, "10", "--seeds", "20", "--out", "many"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
