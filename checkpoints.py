@@ -2,7 +2,7 @@
 
 A checkpoint is what torch.save writes of a dict, and after it MARK and the SHA-256 of all before: torch.load reads it
 as it is. `load` runs no code in it, and what comes out has the types and the settings that the rest relies on:
-a flipped byte, a foreign file or an edited one ends in SystemExit with one sentence.
+a flipped byte (where there is a digest), a foreign file or an edited one ends in SystemExit with one sentence.
 
     config, model, history, optimizer          of every run
     ema, step, seconds, recent                 of images, too: see train_images.py

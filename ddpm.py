@@ -8,9 +8,9 @@ slides are *Diffusion Models* (Beigy, lecture of 2025).
 A noise schedule is its log signal-to-noise ratio, logsnr(t) = log(alpha^2 / sigma^2), strictly
 decreasing in t in [0, 1], and a scale, which says how large alpha and sigma are at a log-SNR.
 Everything else follows from the two. Times are tensors of shape (B,) or (), data are (B, ...);
-every function works in float32 and float64, on any device. The ends t = 0 and t = 1 of the cosine
-schedule are log-SNR +-infinity: training and sampling stay inside [t_min, 1 - t_min]; with
-t_min = 1e-3 its log-SNR is +-12.9.
+every function works in float32 and float64, on any device (`edm` not on MPS). The ends t = 0 and
+t = 1 of the cosine schedule are log-SNR +-infinity: training and sampling stay inside
+[t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
 
 Not here: how samples are drawn (`samplers.py`), learned schedules and learned variances.
 
@@ -141,15 +141,15 @@ def flow_dlogsnr(t):
 
 
 # DDPM: alpha^2 at t = i / 1000 is the product of 1 - beta_1 ... 1 - beta_i, beta_i equally spaced
-# (Ho et al. 2020; Foundations 1.25).
+# (Ho et al. 2020; Foundations 1.24).
 def linear_betas(steps=1000):
     """beta_1 ... beta_steps in float64: 1e-4 to 0.02 times 1000 / steps (Foundations 1.25).
 
-    So that the last alpha^2 is nearly that of 1000 steps. Raises ValueError if steps <= 20, where
-    the last beta is 1 or more.
+    So that the last alpha^2 is nearly that of 1000 steps if there are 500 or more; with 50 it is a
+    fifth of it. Raises ValueError if steps <= 20, where the last beta would be 1 or more.
     """
     if steps <= 20:
-        raise ValueError(f"steps must be at least 21, got {steps}: the last beta is {20 / steps:g}")
+        raise ValueError(f"steps must be at least 21, got {steps}: else the last beta is 1 or more")
     return torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * 1000 / steps
 
 
@@ -179,7 +179,7 @@ def ddpm_dlogsnr(t):
 
 
 # Improved DDPM: alpha proportional to cos(C (t + S)), C = pi / (2 (1 + S)), and beta at most 0.999,
-# which acts in the last of 1000 steps alone (Nichol and Dhariwal 2021, Eq. 17).
+# which acts in the last of 1000 steps alone (Nichol and Dhariwal 2021, Eq. 17 f.).
 S, LAST, CAP = 0.008, 0.999, 1000 * math.log(1 - 0.999)
 C = math.pi / 2 / (1 + S)
 

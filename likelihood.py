@@ -172,7 +172,7 @@ def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=N
              probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
-    x: points (n, 2), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
+    x: points (n, D), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
     num_ode of them (all); draws, steps are those of `bound`, ode_steps, tolerance, probes of `log_likelihood`. Images
     have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255),
     the bins' width: on average it is not below -log P(x) (Theis et al. 2016). t_min: `run.smallest_t`.

@@ -2,7 +2,7 @@
 
 Read `samplers.py` first. A sampler shows its state z to the network at every evaluation; so a network that notes what
 it is given, `Film.watch`, films any sampler, grid, target and schedule. z is shown divided by sqrt(alpha^2 + sigma^2),
-which keeps it in sight where the noise of a schedule is up to 80.
+which keeps it in sight where the noise of a schedule is up to 50.
 
 Points are drawn as soft dots, by adding up their weights on the pixels: sixty frames of matplotlib would take longer
 than the samples.

@@ -7,7 +7,7 @@ from the points themselves.
 
 Not here: the 2D datasets of the thesis, with everything known (`datasets2d.py`).
 
-    python own_points.py points.npy       # number, dimension, mean and standard deviation
+    python own_points.py points.npy       # number, dimension; mean and deviation of those to train on
 """
 import functools
 import hashlib
@@ -121,6 +121,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python own_points.py points.npy")
     found = facts(sys.argv[1])
-    print(f"{sys.argv[1]}: {found['rows']:,} points of dimension {found['dim']}")
+    print(f"{sys.argv[1]}: {found['rows']:,} points of dimension {found['dim']}; of the nine tenths to train on")
     for axis, (mean, scale) in enumerate(zip(found["mean"], found["scale"]), 1):
         print(f"  axis {axis}: mean {mean:.4g}, standard deviation {scale:.4g}")

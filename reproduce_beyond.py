@@ -182,7 +182,7 @@ def excess(study, path):
 
 
 def schedules(study):
-    """Every target on every schedule, trained shortly: two samplers with 64 evaluations."""
+    """Every target on every schedule, trained briefly: two samplers with 64 evaluations."""
     args, text, epochs = study.args, [], min(study.args.epochs, SHORT)
     runs = {name: study.trained(f"schedule-{name}", data=["rings"], target=EVERY, epochs=epochs) for name in COMPARED}
     for sampler, grid in ("ancestral", "t"), ("dpmpp", "logsnr"):

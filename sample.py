@@ -7,10 +7,11 @@
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
 
 Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean,
-covariance and sliced Wasserstein distance to 50,000 fresh points beside their floor: what two samples of the data
-itself, of the same sizes, give. Images: writes samples/00000.png ... of the averaged weights (EMA), samples.png (a grid
-of the first) and metrics.json. A call that was killed goes on with the first image that is missing; a larger
---num-samples adds to those that are there. Several runs end with one table, which --csv writes too.
+covariance and sliced Wasserstein distance to 50,000 fresh points (of a file: to its tenth that is not trained on,
+standardised) beside their floor: what two samples of the data itself, of the same sizes, give. Images: writes
+samples/00000.png ... of the averaged weights (EMA), samples.png (a grid of the first) and metrics.json. A call that was
+killed goes on with the first image that is missing; a larger --num-samples adds to those that are there. Several runs
+end with one table, which --csv writes too.
 
 What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samplers in `samplers.py`.
 """
@@ -29,7 +30,7 @@ def parse(argv):
     parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                              usage="python sample.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
-    parser.add_argument("--steps", type=settings.number(int, 1, 10**6), default=512, help="network evaluations (512)")
+    parser.add_argument("--steps", type=settings.number(int, 1, 10**6), default=512, help="function evaluations (512)")
     parser.add_argument("--sampler", choices=samplers.SAMPLERS, default="ancestral", help="(ancestral)")
     parser.add_argument("--grid", choices=samplers.GRIDS, default="t",
                         help="what the steps are equal in: t, log-SNR, or Karras's (t)")
@@ -44,7 +45,7 @@ def parse(argv):
     parser.add_argument("--movie", action=argparse.BooleanOptionalAction, default=False,
                         help="write samples.gif, the samples in motion from noise to data")
     parser.add_argument("--csv", type=settings.file, metavar="PATH",
-                        help="write what was measured as a table, a row for each run")
+                        help="write what was measured as a table, a row for each run, of several also the floor's")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group = parser.add_argument_group("images")
     group.add_argument("--batch-size", type=settings.number(int, 1, 10**6), help="drawn at once (64, on a GPU 250)")

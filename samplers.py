@@ -151,7 +151,7 @@ def denoiser(model, target, schedule, stabiliser=0.0, clip=math.inf):
 @torch.no_grad()
 def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="t", t_min=1e-3,
            generator=None, stabiliser=0.0, clip=math.inf, dtype=torch.float32, **options):
-    r"""Draw samples in `steps` network evaluations -> (B, ...) of `shape`.
+    r"""Draw samples in `steps` function evaluations -> (B, ...) of `shape`.
 
     `heun` takes one less, of an even number. model(z, t) -> prediction of `target`, with z
     (B, ...) and the true time t (B,), however few the steps. The first z has the variance that

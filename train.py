@@ -62,7 +62,7 @@ def parse(argv):
     group = parser.add_argument_group("where it runs and where it goes")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     group.add_argument("--stack", type=settings.number(int, 1, 10_000),
-                       help="2D networks trained at once (8 on a CPU, else 96)")
+                       help="networks for points trained at once (8 on a CPU, else 96)")
     group.add_argument("--out", type=settings.folder, default="runs", help="folder of all runs (runs)")
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with these runs")
     group.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="start them again")
@@ -81,7 +81,7 @@ def parse(argv):
     try:
         for loss, target in itertools.product(args.loss, args.target):
             losses.weight(loss, target, torch.tensor([0.5]), SCHEDULES[args.schedule], args.stabiliser)
-    except ValueError as error:            # a loss that has no weight for this target
+    except ValueError as error:            # a loss that has no weight for this target or schedule
         parser.error(str(error))
     return args
 

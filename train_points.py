@@ -94,7 +94,7 @@ def epoch_steps(config):
 
 
 def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
-    """One pass of every network of a stack over its own data, a list of (n, 2), in random order.
+    """One pass of every network of a stack over its own data, a list of (n, D), in random order.
 
     Every draw is a function of (seed, step), and members of one set and seed share it. step: `build_step`, perhaps
     captured. Returns losses (steps, M) and the loss over t (M, 20), both of the networks as they were in training.
@@ -108,7 +108,7 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
         if key not in draws:
             order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", epoch)).to(device)
             g = run.generator(device, seed, "noise", epoch)
-            x = x[order[:steps * batch_size]]                                               # (steps * batch_size, 2)
+            x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
             t, importance = losses.draw_t(
                 (steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
             draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
