@@ -182,6 +182,6 @@ def test_train_works_in_another_folder_and_says_a_command_that_does_too(tmp_path
     """By a relative path, its runs in that folder; what it says to type next runs there as it stands."""
     script = os.path.relpath(ROOT / "train.py", tmp_path.resolve())
     assert script.startswith("..")
-    words = shlex.split(python(script, *FAST, cwd=tmp_path).splitlines()[-1])
+    words = shlex.split(python(script, *FAST, cwd=tmp_path).splitlines()[-1].split("in all; ")[1])
     assert words[:2] == ["next:", "python"] and words[3:] == ["--ckpt", "runs/clusters-eps-mse-s0", "--steps", "512"]
     assert (tmp_path / words[2]).resolve() == ROOT / "sample.py" and (tmp_path / words[4] / "ckpt.pt").exists()
