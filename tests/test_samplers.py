@@ -164,7 +164,7 @@ def exact(sampler, n, data="clusters", target="v", count=60, **options):
                            **options)
 
 
-exact_end = functools.cache(lambda: exact("heun", 4095, grid="logsnr", count=20))
+exact_end = functools.cache(lambda: exact("heun", 8191, grid="logsnr", count=20))
 
 
 @pytest.mark.parametrize("sampler, order", [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp", 2)])
