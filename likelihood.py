@@ -91,7 +91,7 @@ def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, un
         t, importance = (c.to(x.device) for c in losses.draw_t(          # drawn on the CPU without a generator
             (draws, len(x)), schedule, t_min, "uniform" if uniform == "t" else uniform, generator, x.dtype))
     else:
-        u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype).to(x.device)
+        u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype)        # discrete_loss moves it
         i = (u * steps).long().clamp(max=steps - 1) + 1
     noise = lambda: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     diffusion, decoded = [], []

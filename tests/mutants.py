@@ -189,7 +189,6 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("likelihood.py", "each = tolerance / len(x)**0.5", "each = tolerance"),
     ("likelihood.py", "dict(t_min=run.smallest_t(config, t_min), gen", "dict(t_min=t_min or 1e-3, gen"),
     ("likelihood.py", "if getattr(args, name) != default]", "if False]"),
-    ("likelihood.py", "generator, x.dtype).to(x.device)", "generator, x.dtype)"),
     ("likelihood.py", "generator=generator, device=x.device) - 1) / 255",
                       "generator=generator, device=x.device) - 1) / 127"),
     ("likelihood.py", "math.log(2 / 255) if data else 0)", "math.log(1 / 255) if data else 0)"),
