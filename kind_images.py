@@ -159,7 +159,7 @@ def draw_folder(folder, one, n, args, device):
         model = model.to(memory_format=torch.channels_last)
         model = torch.compile(model) if n >= 2048 else model          # compiling takes a minute
     missing = [i for i in range(0, n, size) if not have.issuperset(names[i:i + size]) or args.movie and i == 0]
-    film = movie.Film(one.schedule, args.steps, lambda z: z[:64])
+    film = movie.Film(one.schedule, args.steps, lambda z: z[:min(n, 64)])
     start = time.perf_counter()
     add = progress.counter(f"drawing {n:,} images", len(missing) * args.steps, "evaluations")
     for i in missing:
@@ -168,7 +168,7 @@ def draw_folder(folder, one, n, args, device):
         x = draw(watched, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
                  **args.how).cpu()
         if args.movie and i == 0:
-            frames = [*film.frames, (0.0, images.to_float(x))]
+            frames = [*film.frames, (0.0, images.to_float(x[:n]))]
             movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")
         for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)
@@ -231,6 +231,8 @@ def sample(chosen, args, device):
                   f"{', clipped' if args.clip else ''}) against {statistics[2]:,} images of {one.config['data']}, "
                   f"{args.fid_split} split")
         run.write(out / "metrics.json", json.dumps(result, indent=2).encode())
+        if not args.movie:
+            (out / "samples.gif").unlink(missing_ok=True)                # it would be of other samples
         print(f"wrote samples/, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/; "
               f"{progress.seconds():.1f} s in all")
         lines.append({"run": str(one.folder), "images": n, "steps": args.steps, **args.how, "fid": result.get("fid"),

@@ -264,12 +264,15 @@ def sample(chosen, args, device):
                 show(one, result, args)
             lines[id(one)], floor_lines[f"floor, {config['data']}"] = table_rows(one, result)
             title = "{target}, {loss}, {steps} steps".format(**result)
-            plots.scatter({f"{config['data']}, data": in_units(config, load(config)), title: in_units(config, x)},
+            real = load(config, "train" if "points" in config else "test")
+            plots.scatter({f"{config['data']}, data": in_units(config, real), title: in_units(config, x)},
                           out / "samples.png", limits=None if "points" in config else (-3, 3))
             if args.movie:
-                movie.points([*((t, z[m]) for t, z in film.frames), (0.0, x[:movie.POINTS])], load(config),
+                movie.points([*((t, z[m]) for t, z in film.frames), (0.0, x[:movie.POINTS])], real,
                              (f"{config['data']}, data", title), plots.COLOURS.get(config["target"], "black"),
                              out / "samples.gif")
+            else:
+                (out / "samples.gif").unlink(missing_ok=True)            # it would be of other samples
             print(f"wrote samples.npy, samples.png{', samples.gif' * args.movie} and metrics.json to {out}/; "
                   f"{progress.seconds():.1f} s in all")
         if done < len(chosen):

@@ -12,6 +12,7 @@ Not here: the 2D datasets of the thesis, with everything known (`datasets2d.py`)
 import functools
 import hashlib
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,16 @@ def read(path):
                 header = not [float(word) for word in first.split(",")]
             except ValueError:
                 header = True
-            points = np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8-sig")
+            with warnings.catch_warnings(action="ignore"):               # of no data: said below
+                points = np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8-sig")
+            if header and len(points) and len(first.split(",")) != points.shape[1]:
+                raise ValueError(f"a header of {len(first.split(','))} names and rows of {points.shape[1]} numbers")
     except Exception as error:                     # numpy raises many kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
         raise SystemExit(f"cannot read the points {path} ({reason}) - "
-                         "give a .npy array of numbers or a .csv, one point a row") from None
+                         "give a .npy array, or a .csv of numbers with commas between and decimal points, one point a "
+                         "row") from None
+    points = points[:, None] if points.ndim == 1 else points
     if points.ndim != 2 or points.shape[1] < 1:
         raise SystemExit(f"{path} has the shape {points.shape}, not (N, D) - give one point a row")
     if len(points) < FEWEST:
@@ -64,10 +70,11 @@ def split(path):
     points = torch.from_numpy(read(path))
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     test, train = points[order].tensor_split([len(points) // 10])
-    constant = train.std(0) <= 1e-12 * train.abs().amax(0)
+    std = train.std(0)
+    constant = ~((std > 1e-12 * train.abs().amax(0)) & std.isfinite())
     if constant.any():
-        raise SystemExit(f"{path} has the same number in all rows of column {constant.long().argmax() + 1} - "
-                         "leave that out")
+        raise SystemExit(f"column {constant.long().argmax() + 1} of {path} is the same in all rows, or varies too "
+                         "little or too much for floating point - leave it out or scale it")
     return train, test
 
 
@@ -95,7 +102,8 @@ def standardised(points, facts):
 
 
 def in_units_of_the_file(x, facts):
-    """The inverse of `standardised`."""
+    """The inverse of `standardised`, in float64: the mean may be large beside the scale."""
+    x = x.double()
     return x * x.new_tensor(facts["scale"]) + x.new_tensor(facts["mean"])
 
 

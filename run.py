@@ -240,7 +240,7 @@ def begin(configs, out, resume=False, overwrite=False):
             print(f"{folder}: metrics.jsonl was missing or another, and is made again from the checkpoint")
         if overwrite:
             for file in ["ckpt.pt", "metrics.jsonl", "loss.png", "samples.npy", "samples.gif", "metrics.json",
-                         *folder.glob("samples*.png")]:
+                         *folder.glob("samples*.png"), *folder.glob("likelihood*.json")]:
                 (folder / Path(file).name).unlink(missing_ok=True)
     return runs
 

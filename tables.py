@@ -47,7 +47,9 @@ def likelihood(one, terms, args, show=print, **facts):
     result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions,
                   steps=args.steps, uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance,
                   t_min=run.smallest_t(config, args.t_min), seed=args.seed, **facts)
-    show(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}{' (standardised)' * ('points' in config)}, "
+    standardised = "" if "points" not in config else " (standardised: in the file's units add {:.4f} nats)".format(
+        sum(map(math.log, config["points"]["scale"])))
+    show(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}{standardised}, "
          f"{facts['seconds']:.1f} s on {facts['device']}\n{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
 
     def line(name, values, note=""):

@@ -218,6 +218,8 @@ def train(args, device):
     import plots  # here: a stack trains without matplotlib
     configs = [config | kind_points.facts(config["data"]) for config in settings.configs(args)]
     steps = {config["data"]: epoch_steps(config) for config in configs}
+    for data, points in {config["data"]: config["points"] for config in configs if "points" in config}.items():
+        print(f"{data}: {points['rows']:,} points of dimension {points['dim']}, a tenth of them to test on")
     runs = run.begin(configs, args.out, args.resume, args.overwrite)
     finished = lambda run: len(run[2]["history"]) if run[2] else 0
     together = lambda run: (finished(run), repr(settings.alike(run[1])))

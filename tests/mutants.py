@@ -664,6 +664,12 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("threads.py", "threads // 2) if busy", "threads - 1) if busy"),
     # Points of a file
     ("own_points.py", "allow_pickle=False", "allow_pickle=True"),
+    ("own_points.py", "if header and len(points) and len(first", "if False and len(first"),
+    ("own_points.py", "    x = x.double()\n", ""),
+    ("own_points.py", ") & std.isfinite())", "))"),
+    ("kind_points.py", '                (out / "samples.gif").unlink(missing_ok=True)', "                pass"),
+    ("run.py", ', *folder.glob("likelihood*.json")]', "]"),
+    ("tables.py", 'sum(map(math.log, config["points"]["scale"]))', 'sum(config["points"]["scale"])'),
     ("own_points.py", "skiprows=int(header)", "skiprows=1"),
     ("own_points.py", "skiprows=int(header)", "skiprows=0"),
     ("own_points.py", "if len(points) < FEWEST:", "if len(points) < FEWEST - 1:"),

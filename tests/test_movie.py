@@ -94,6 +94,15 @@ def test_each_run_of_a_stack_has_its_film_beside_the_data(trained, tmp_path, mon
     assert "samples.gif" in capsys.readouterr().out
 
 
+def test_a_film_of_other_samples_does_not_stay_beside_new_ones(trained, tmp_path):
+    argv = ["--ckpt", str(trained[0]), "--steps", "2", "--num-samples", "50", "--device", "cpu", "--out", str(tmp_path)]
+    sample.main([*argv, "--movie"])
+    (tmp_path / "holiday.gif").write_bytes(b"not ours")
+    assert (tmp_path / "samples.gif").exists()
+    sample.main(argv)
+    assert not (tmp_path / "samples.gif").exists() and (tmp_path / "holiday.gif").exists()
+
+
 def test_the_panels_have_the_colours_of_data_and_target(tmp_path):
     data = DATASETS["rings"].sample(500)
     movie.points([(0.5, data), (0.0, torch.full((400, 2), 1.0))], data, ("a", "b"), "#009E73", tmp_path / "x.gif")

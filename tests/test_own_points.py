@@ -39,11 +39,12 @@ def test_npy_and_csv_with_and_without_a_header_are_the_same_points(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    (np.zeros(30), "has the shape"), (np.zeros((30, 2, 2)), "has the shape"), (np.zeros((30, 0)), "has the shape"),
+    (np.zeros(30), "column 1 of .* is the same in all rows"), (np.zeros((30, 2, 2)), "has the shape"),
+    (np.zeros((30, 0)), "has the shape"),
     (POINTS[:19], "has 19 points - give at least 20"), (np.array([["a"] * 2] * 30), "cannot read"),
     (np.array([[{}] * 2] * 30), "cannot read"), (POINTS + 1j, "cannot read"),
     (np.where(np.arange(1800).reshape(600, 3) == 7, np.nan, POINTS), "1 points that are not finite, .* in row 3"),
-    (POINTS * [1, 0, 1], "same number in all rows of column 2")])
+    (POINTS * [1, 0, 1], "column 2 of .* is the same"), (POINTS * [1e302, 1, 1], "column 1 of .* too much for")])
 def test_bad_arrays_end_in_a_sentence(tmp_path, content, says):
     np.save(tmp_path / "bad.npy", content)
     with pytest.raises(SystemExit, match=says):
@@ -67,8 +68,9 @@ def test_nothing_in_an_array_is_run(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [("", "cannot read|has the shape|has 0"), ("a,b\n1,2\n", "has 1 points"),
+                                        ("length\n" + "45,5\n" * 30, "a header of 1 names and rows of 2 numbers"),
                                         ("1,2\n3\n" * 30, "cannot read"), ("1,2\nx,y\n" * 30, "cannot read")])
-@pytest.mark.filterwarnings("ignore:loadtxt")
+@pytest.mark.filterwarnings("error")
 def test_bad_tables_end_in_a_sentence(tmp_path, text, says):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(SystemExit, match=says):
@@ -124,11 +126,22 @@ def test_samples_are_in_the_units_of_the_file_and_measured_against_its_test_poin
     assert (folder / "samples.png").exists()
 
 
+def test_a_small_scale_far_from_zero_survives_and_one_axis_may_be_an_array_without_columns(tmp_path):
+    x = 5.4e6 + 0.1 * np.random.default_rng(1).normal(size=500)
+    np.save(tmp_path / "a.npy", x)
+    facts = own_points.facts(str(tmp_path / "a.npy"))
+    data = own_points.OwnPoints(str(tmp_path / "a.npy"), facts)
+    back = own_points.in_units_of_the_file(torch.cat([data.train, data.test]), facts)[:, 0].numpy()
+    assert np.allclose(np.sort(back), np.sort(x), rtol=0, atol=1e-6)
+
+
 def test_the_likelihood_is_that_of_three_dimensions_without_an_entropy(trained, capsys):
     folder = trained / "runs/points.npy-v-mse-s0"
     likelihood.main(["--ckpt", str(folder), "--num", "20", "--draws", "4", "--ode-steps", "8", "--device", "cpu"])
     text = capsys.readouterr().out
     assert "entropy" not in text
+    scale = run.open(folder).config["points"]["scale"]
+    assert f"in the file's units add {np.log(scale).sum():.4f} nats" in text
     nats, bits = (float(text.split("reconstruction")[1].split()[i]) for i in (0, 2))
     assert bits == pytest.approx(nats / 3 / np.log(2), rel=1e-3)
 

@@ -295,8 +295,11 @@ def test_a_run_is_never_silently_overwritten(tmp_path):
     assert (folder / "ckpt.pt").read_bytes() == before
     fit(tmp_path, "--resume")                                        # finished: says so again, changes nothing
     assert_same(weights(folder), torch.load(folder / "ckpt.pt", weights_only=True)["model"])
+    for name in "likelihood.json", "likelihood-num-40.json", "mine.json":
+        (folder / name).write_text("{}")
     fit(tmp_path, "--overwrite", "--width", "8")
     assert run.load(folder)["config"]["width"] == 8
+    assert [path.name for path in sorted(folder.glob("*.json"))] == ["config.json", "mine.json"]
 
 
 def test_nan_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
