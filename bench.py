@@ -146,7 +146,7 @@ def evaluations(model, config, n, steps, device):
     contenders = {"network alone": (alone, steps)}
     for name in samplers.SAMPLERS:
         contenders[name] = (functools.partial(kind_points.draw, one, steps, n, device=device, sampler=name),
-                            steps - (name == "heun"))
+                            samplers.evaluations(name, steps))
     for name, (function, count) in contenders.items():
         function()
         times[name] = statistics.median(seconds(function, device) for _ in range(3)) / count

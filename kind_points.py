@@ -150,7 +150,7 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watc
     how: the sampler, grid and eta of `samplers.sample`, where they are not the default. watch: of a film of it.
     """
     members = len(runs.members)
-    evaluations = steps - (how.get("sampler") == "heun")
+    evaluations = samplers.evaluations(how.get("sampler"), steps)
     add = progress.counter(f"drawing {num_samples:,} samples" + (f" of {members} runs" if members > 1 else ""),
                            evaluations, "evaluations")
     model = watch(progress.counted(threads.shared(in_chunks(runs.model(device), members), device), add))

@@ -91,11 +91,6 @@ def at_floor(results, name):
     return statistics.mean(result[name] for result in results) <= floor["mean"] + 2 * floor["std"] / len(results)**0.5
 
 
-def evaluations(sampler, n):
-    """Of the network when --steps is n, which is even: heun's last step is one and not two."""
-    return n - (sampler == "heun")
-
-
 def steps(study):
     """How many evaluations until the floor, and what is drawn with few."""
     args, device, data, schedule = study.args, study.device, DATASETS["rings"], ddpm.SCHEDULES["cosine"]
@@ -165,7 +160,7 @@ def over_evaluations(name):
             for key, found in by_key.items():
                 if grid == "t":
                     panels.setdefault(key, (found[0][f"{name}_floor"], {}))[1].setdefault(sampler, []).append(
-                        (evaluations(sampler, n), [result[name] for result in found]))
+                        (samplers.evaluations(sampler, n), [result[name] for result in found]))
         plots.over_evaluations(panels, name.replace("_", " "), path)
     return figure
 

@@ -107,6 +107,12 @@ SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde,
 EVALUATIONS = {"heun": 2}      # of the network in every step but the last, else 1
 
 
+def evaluations(sampler, steps):
+    """Evaluations that `sample` makes of so many `steps`: `heun` one less of an even number."""
+    each = EVALUATIONS.get(sampler, 1)
+    return (steps + each - 1) // each * each - (each - 1)
+
+
 def uniform_t(n, schedule, t_min, **like):
     """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min].
 

@@ -335,7 +335,7 @@ def test_the_evaluations_of_a_curve_are_those_of_the_network():
     for sampler in samplers.SAMPLERS:
         calls.clear()
         samplers.sample(lambda z, t: calls.append(t) or 0 * z, (3, 2), 8, target="v", schedule=COSINE, sampler=sampler)
-        assert len(calls) == reproduce_beyond.evaluations(sampler, 8), sampler
+        assert len(calls) == samplers.evaluations(sampler, 8), sampler
 
 
 def test_the_table_of_likelihoods(study):
