@@ -42,9 +42,9 @@ class GaussianMixture:
         return self.centres.to(noise)[k] + self.std.to(noise) * noise
 
     def _chunks(self, z, alpha, sigma):
-        """Yield z (b, 2), alpha (b, 1), the variance of z given its centre (b, 2), logits (b, K).
+        """Yield z (b, 2), alpha and sigma (b, 1), the variance of z given its centre (b, 2),
 
-        The logits of the centres are -1/2 squared distances.
+        logits (b, K), those of the centres: -1/2 squared distances.
         """
         centres, data_var = self.centres.to(z), self.std.to(z)**2
         alpha, sigma = (torch.as_tensor(c, device=z.device, dtype=z.dtype).expand(len(z))[:, None]
@@ -57,19 +57,33 @@ class GaussianMixture:
             # Differences, not the expanded square: in float32 that cancels for sharp centres.
             d0 = (z * scale)[:, :1] - (alpha * scale)[:, :1] * centres[:, 0]
             d1 = (z * scale)[:, 1:] - (alpha * scale)[:, 1:] * centres[:, 1]
-            yield z, alpha, var, -0.5 * (d0 * d0 + d1 * d1)
+            yield z, alpha, sigma, var, -0.5 * (d0 * d0 + d1 * d1)
 
     def log_prob(self, z, alpha=1.0, sigma=0.0):
         """Log-density of z = alpha x + sigma eps in nats: (B, 2) -> (B,)."""
         return torch.cat([logits.logsumexp(1) - math.log(len(self.centres))
                           - 0.5 * (2 * math.pi * var).log().sum(1)
-                          for _, _, var, logits in self._chunks(z, alpha, sigma)])
+                          for *_, var, logits in self._chunks(z, alpha, sigma)])
+
+    def covariance(self, z, alpha, sigma):
+        """Var[x | z] of each axis, what no denoiser can know: (B, 2) -> (B, 2).
+
+        The variance of x given z and its centre, plus that of its mean over the centres.
+        """
+        centres, data_var, result = self.centres.to(z), self.std.to(z)**2, []
+        for _, _, sigma, var, logits in self._chunks(z, alpha, sigma):      # noqa: B020
+            share, rest = logits.softmax(1), sigma**2 / var
+            mean = share @ centres                                          # E[centre | z]
+            spread = torch.stack([(share * (centre - m[:, None])**2).sum(1)
+                                  for centre, m in zip(centres.T, mean.T)], 1)
+            result.append(rest * data_var + rest**2 * spread)
+        return torch.cat(result)
 
     def _denoise_and_score(self, z, alpha, sigma):
         """E[x | z] and the score of z, which share the centres' weights: (B, 2) -> both (B, 2)."""
         centres, data_var = self.centres.to(z), self.std.to(z)**2
         x_hat, score, chunks = [], [], self._chunks(z, alpha, sigma)
-        for z, alpha, var, logits in chunks:
+        for z, alpha, _, var, logits in chunks:
             centre = logits.softmax(1) @ centres                            # E[centre | z]
             score.append((alpha * centre - z) / var)
             x_hat.append(centre + alpha * data_var / var * (z - alpha * centre))
@@ -89,7 +103,7 @@ class GaussianMixture:
     def optimal_model(self, target, schedule, stabiliser=0.0):
         """The best possible network: model(z, t) -> E[y | z] of any target y = a x + b eps.
 
-        z (B, 2), t (B,).
+        z (B, 2), t (B,). Not for the targets of a step of a chain.
         """
         def model(z, t):
             alpha, sigma = schedule.alpha(t), schedule.sigma(t)

@@ -12,7 +12,8 @@ every function works in float32 and float64, on any device (`edm` not on MPS). T
 t = 1 of the cosine schedule are log-SNR +-infinity: training and sampling stay inside
 [t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
 
-Not here: how samples are drawn (`samplers.py`), learned schedules and learned variances.
+Not here: how samples are drawn (`samplers.py`), other variances of a step (`variance.py`),
+learned schedules.
 
     python ddpm.py        # alpha, sigma and log-SNR of every schedule; Fig. 3.2 has the first three
 """
@@ -260,18 +261,25 @@ def var_ts(s, t, schedule):
     return schedule.sigma(t)**2 * one_minus_snr_ratio(s, t, schedule)
 
 
-def posterior(z, x, s, t, schedule):
-    r"""Mean and variance of q(z_s | z_t, x), Eq. (3.9), for s < t; s = 0 and t = 1 are allowed.
+def posterior_coefficients(s, t, schedule):
+    r"""A, B and var of q(z_s | z_t, x) = N(A z + B x, var), Eq. (3.9), s < t: (B,) -> three (B,).
 
-    z, x (B, ...), s, t (B,) or () -> mean (B, ...), var (B, 1, ...) or (1, ...), per dimension.
+    A    = alpha_{t|s} sigma_s^2 / sigma_t^2,    B = alpha_s sigma^2_{t|s} / sigma_t^2     Eq. (3.11)
     var  = sigma^2_{t|s} sigma_s^2 / sigma_t^2                               VDM A.21, Eq. (3.10)
-    mean = alpha_{t|s} sigma_s^2 / sigma_t^2 z + alpha_s sigma^2_{t|s} / sigma_t^2 x   Eq. (3.11)
     """
     c = one_minus_snr_ratio(s, t, schedule)                        # sigma^2_{t|s} / sigma_t^2
     sigma_ratio_sq = (schedule.sigma(s) / schedule.sigma(t))**2
-    mean = (expand(alpha_ts(s, t, schedule) * sigma_ratio_sq, z) * z
-            + expand(schedule.alpha(s) * c, x) * x)
-    return mean, expand(schedule.sigma(s)**2 * c, z)
+    return (alpha_ts(s, t, schedule) * sigma_ratio_sq, schedule.alpha(s) * c,
+            schedule.sigma(s)**2 * c)
+
+
+def posterior(z, x, s, t, schedule):
+    """Mean and variance of q(z_s | z_t, x), Eq. (3.9), for s < t; s = 0 and t = 1 are allowed.
+
+    z, x (B, ...), s, t (B,) or () -> mean (B, ...), var (B, 1, ...) or (1, ...), per dimension.
+    """
+    A, B, var = posterior_coefficients(s, t, schedule)
+    return expand(A, z) * z + expand(B, x) * x, expand(var, z)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import run
 import samplers
 import tables
 import unet
+import variance as variances
+from decoders import discretised
 
 TESTED = 250          # test images at once
 LIKELIHOOD = dict(num=500, batch_size=50, draws=16, num_ode=16, probes=1)     # defaults of likelihood.py
@@ -37,13 +39,27 @@ def load(config, split="test", data_dir="data"):
                        by_name="images" in config)
 
 
+def known(folder, config, args):
+    """The config of a run, of a folder of images, as its checkpoint has it: older ones do not say which images.
+
+    SystemExit if the checkpoint was trained on others than the folder has now.
+    """
+    if args.overwrite or "images" not in config or not (folder / "ckpt.pt").exists():
+        return config
+    before, now = run.load(folder)["config"].get("images"), config["images"]
+    if before and before != now:
+        raise SystemExit(f"{folder} was trained on {before['count']:,} images of a folder that now has "
+                         f"{now['count']:,}, or others - bring the old ones back, or train anew with another --out")
+    return config if before else {key: value for key, value in config.items() if key != "images"}
+
+
 def build_model(config, members=1):
     """The network of a run's config, with fresh weights from torch's global generator."""
     if members > 1:
         raise SystemExit("runs on images cannot be one stack - open them one by one")
     (channels, *size), network = config["shape"], {key: config[key] for key in unet.PRESETS["ddpm"]}
     return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], dropout=config["dropout"],
-                     **network)
+                     out=channels * variances.outputs(config), **network)
 
 
 def dimension(config):
@@ -71,17 +87,30 @@ def test_losses(config):
     return names
 
 
+def loss(prediction, x, t, y, w, config, importance=1.0):
+    """The loss of each image in training, w that of its squared error: (B, C, H, W), t, w (B,) -> (B,)."""
+    if config["loss"] not in losses.OF_A_CHAIN:
+        return losses.weighted_error(prediction.split(y.shape[1], 1)[0], y, w)
+    columns = variances.columns(t, losses.chain_of(config), config["target"], config["loss"], config["stabiliser"],
+                                importance, config["vlb_weight"])
+    return variances.loss(prediction, y, w, columns, config["variance"], x, discretised)
+
+
 @torch.no_grad()
 def test(model, data, config, device):
     """Test losses of a network, without autocast: {"test_loss": ..., "test_mse": ..., ...}, means over the images.
 
-    data: uint8, on the CPU. Their t and noise are the same in every run. Each process does its share.
+    data: uint8, on the CPU. Their t and noise are the same in every run. Each process does its share. Of a chain, at
+    its own times, the other losses are the error of the posterior mean and the bound without the prior, nats per
+    dimension.
     """
     (rank, world), g, n = run.processes(), run.generator("cpu", "test noise"), len(data)
-    objective, names = losses.objective(config), test_losses(config)
+    objective, chain = losses.objective(config), losses.chain_of(config)
+    names = ["mean_mse", "vlb"] if chain else test_losses(config)
     weight = lambda name, t: losses.weight(name, config["target"], t, objective["schedule"], config["stabiliser"])
     shuffled = torch.randperm(n, generator=g)        # else t rises with the row: with the class, in sorted images
-    times, total = losses.sample_t((n,), config["t_min"], g), torch.zeros(len(names) + 1, device=device)
+    times = losses.draw_step((n,), chain, generator=g)[0] if chain else losses.sample_t((n,), config["t_min"], g)
+    total = torch.zeros(len(names) + 1, device=device)
     batches = list(zip(shuffled.split(TESTED), times.split(TESTED)))
     for i, (rows, t) in enumerate(progress.watch(batches, "testing", "images", lambda batch: len(batch[0]))):
         x = images.to_float(data[rows])
@@ -89,19 +118,30 @@ def test(model, data, config, device):
         if i % world == rank:
             x, t, eps = x.to(device), t.to(device), eps.to(device)
             z, y, own = losses.regression(x, t, eps, **objective)
-            errors = losses.weighted_error(model(z, t), y, torch.ones_like(t))
-            total += (torch.stack([own, *(weight(name, t) for name in names)]) * errors).sum(1)
+            prediction = model(z, t)
+            errors = losses.weighted_error(variances.split(prediction, y)[0], y, torch.ones_like(t))
+            if chain:
+                factor = variances.error_factor(chain.step(chain.index(t), t), config["target"], t, chain.schedule,
+                                                config["stabiliser"])
+                total += torch.stack([loss(prediction, x, t, y, own, config), factor**2 * errors,
+                                      loss(prediction, x, t, y, 0 * own, config | {"loss": "vlb"})]).sum(1)
+            else:
+                total += (torch.stack([own, *(weight(name, t) for name in names)]) * errors).sum(1)
     if world > 1:
         distributed.all_reduce(total)
     return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
 
 
 def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
-    """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`."""
+    """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
+
+    model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`.
+    """
     objective = losses.objective(config)
     with autocast(config, generator.device):
-        x = samplers.sample(model, shape, steps, target=objective["target"], schedule=objective["schedule"],
-                            t_min=t_min, generator=generator, stabiliser=objective["stabiliser"],
+        x = samplers.sample(model, shape, steps, target=variances.predicted(config["target"]),
+                            schedule=objective["schedule"], t_min=t_min, generator=generator,
+                            stabiliser=objective["stabiliser"],
                             clip=1.0 if clip else math.inf, **how)
     return images.to_uint8(x)
 
@@ -134,9 +174,10 @@ def draw_folder(folder, one, n, args, device):
     of other settings are deleted, and never a file that this function did not write.
     """
     config = one.config
+    t_min = run.smallest_t(config, args.t_min, **args.how)
     settings = dict(run=one.name, step=one.checkpoint["step"],
                     test_loss=one.history[-1]["test_loss"] if one.history else None,
-                    steps=args.steps, **args.how, t_min=run.smallest_t(config, args.t_min), clip=args.clip,
+                    steps=args.steps, **args.how, t_min=t_min, clip=args.clip,
                     sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"],
                     device=str(device))
     present, names = own_images(folder), [f"{i:05d}.png" for i in range(n)]
@@ -154,7 +195,10 @@ def draw_folder(folder, one, n, args, device):
                          "another --out")
     run.write(folder / "settings.json", json.dumps(settings, indent=2).encode())
 
-    model, size = one.model(device), args.batch_size
+    variance = variances.chosen(config, args.variance, args.sampler, args.steps, args.grid)
+    model, size = one.model(device, out=variance in variances.LEARNED), args.batch_size
+    how = {key: value for key, value in args.how.items() if key != "variance"} | (
+        {"variance": variance} if variance else {})
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
         model = torch.compile(model) if n >= 2048 else model          # compiling takes a minute
@@ -165,8 +209,7 @@ def draw_folder(folder, one, n, args, device):
     for i in missing:
         generator = run.generator(device, args.seed, "sample", i)
         watched = progress.counted(film.watch(model) if args.movie and i == 0 else model, add)
-        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, settings["t_min"], args.clip,
-                 **args.how).cpu()
+        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, t_min, args.clip, **how).cpu()
         if args.movie and i == 0:
             frames = [*film.frames, (0.0, images.to_float(x[:n]))]
             movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")

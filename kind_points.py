@@ -12,12 +12,12 @@ import functools
 import io
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import cache
-import losses
 import metrics
 import movie
 import own_points
@@ -26,15 +26,13 @@ import run
 import samplers
 import stack
 import tables
-import targets
 import threads
+import variance as variances
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from mlp import MLP
 
 POINTS = 50_000                   # to train on, and as many fresh ones to test on (thesis 4.1.1)
-TESTS = "rescaled", "nelbo"       # also measured at every epoch: the same two for every run, whatever it is trained on
-TESTED_T_MIN = 1e-3               # their range of t, unless training has a smaller one
 MEASURED = "mean_distance", "covariance_distance", "sliced_wasserstein", "log_density"     # of samples
 LIKELIHOOD = dict(num=10_000, batch_size=5000, draws=100, num_ode=None, probes=None)     # defaults; None is all, exact
 
@@ -72,70 +70,13 @@ def load(config, split="test"):
 
 def build_model(config, members=1):
     """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
-    return MLP(dimension(config), config["width"], schedule=SCHEDULES[config["schedule"]], members=members)
+    return MLP(dimension(config), config["width"], schedule=SCHEDULES[config["schedule"]], members=members,
+               out=dimension(config) * variances.outputs(config))
 
 
 def weights(checkpoint):
     """The trained weights."""
     return checkpoint["model"]
-
-
-def test_batch(config):
-    """The test points of a run, their t and noise fixed: z (n, D), t (n,), y (n, D), weights (n, 3), n = POINTS.
-
-    If there are fewer they are repeated. t is uniform, whatever density training has. The means of weights times
-    squared error are the run's own test loss, on its own range of t, and then the exact losses TESTS on t_min = 1e-3:
-    points outside of that range have weight 0 there, and those inside a little more.
-    """
-    x, g = load(config), run.generator("cpu", "test noise")
-    x = x.repeat(-(-POINTS // len(x)), 1)[:POINTS]
-    t, eps = losses.sample_t((POINTS,), config["t_min"], g), torch.randn(x.shape, generator=g)
-    z, y, w = losses.regression(x, t, eps, **losses.objective(config))
-    t_min = max(config["t_min"], TESTED_T_MIN)
-    inside = ((t >= t_min) & (t <= 1 - t_min)).float()
-    tests = [inside / inside.mean() * losses.weight(name, config["target"], t, SCHEDULES[config["schedule"]],
-                                                    config["stabiliser"])
-             for name in TESTS]
-    return z, t, y, torch.stack([w, *tests], 1)
-
-
-@functools.cache
-def optimal_predictions(data, schedule, t_min):
-    """x_hat and eps_hat of the exact denoiser at a run's test points, (POINTS, 2) each: made once for all targets."""
-    z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0))
-    mixture, schedule = DATASETS[data], SCHEDULES[schedule]
-    return cache.kept(lambda: [mixture.optimal_model(target, schedule)(z, t) for target in ("x", "eps")],
-                      f"optimum of {data}", *vars(mixture).values(), z, t, schedule.alpha(t), schedule.sigma(t))
-
-
-@functools.cache
-def optimal_errors(data, target, schedule, t_min, stabiliser):
-    """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
-    _, t, y, _ = test_batch(dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min,
-                                 stabiliser=stabiliser))
-    alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
-    a, b = targets.coefficients(target, alpha, sigma, stabiliser)
-    x_hat, eps_hat = optimal_predictions(data, schedule, t_min)
-    return losses.weighted_error(a * x_hat + b * eps_hat, y, torch.ones_like(t))
-
-
-def optimum(config, weights):
-    """The three losses of `test_batch` for the exact denoiser, the best there can be; None of points of a file."""
-    if "points" in config:
-        return [None] * weights.shape[1]
-    errors = optimal_errors(*(config[key] for key in ("data", "target", "schedule", "t_min", "stabiliser")))
-    return (weights * errors[:, None]).mean(0).tolist()
-
-
-@torch.no_grad()
-def test(model, z, t, y, weights):
-    """Mean of weights times squared error for every network of a stack: weights (M, n, 3) -> (M, 3).
-
-    z, t, y: batches from `stack.interleave` that together have all n points of every member.
-    """
-    errors = torch.stack([losses.weighted_error(model(*c[:2]), c[2], torch.ones_like(c[1])) for c in zip(z, t, y)])
-    errors = errors.unflatten(1, (len(weights), -1)).transpose(0, 1).flatten(1)                 # (M, n)
-    return (weights * errors[..., None]).mean(1)
 
 
 def in_chunks(model, members=1):
@@ -147,19 +88,33 @@ def in_chunks(model, members=1):
 def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watch=lambda model: model, **how):
     """Samples of a Run or Stack -> (M, num_samples, D), on the CPU; all members get the same noise.
 
-    how: the sampler, grid and eta of `samplers.sample`, where they are not the default. watch: of a film of it.
+    how: sampler, grid and eta of `samplers.sample`, where they are not the default, and the variance where it is not
+    the runs' own. watch: of a film of it.
     """
-    members = len(runs.members)
+    members, variance = len(runs.members), variances.chosen(
+        runs.config, how.pop("variance", None), how.get("sampler", "ancestral"), steps, how.get("grid", "t"))
+    if variance:
+        how |= dict(variance=variance, data=of_blocks([run.config for run in runs.members], variance))
     evaluations = samplers.evaluations(how.get("sampler"), steps)
     add = progress.counter(f"drawing {num_samples:,} samples" + (f" of {members} runs" if members > 1 else ""),
                            evaluations, "evaluations")
-    model = watch(progress.counted(threads.shared(in_chunks(runs.model(device), members), device), add))
+    model = watch(progress.counted(threads.shared(
+        in_chunks(runs.model(device, out=variance in variances.LEARNED), members), device), add))
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps,
-                              target=[run.config["target"] for run in runs.members], schedule=runs.schedule,
-                              t_min=run.smallest_t(runs.config, t_min),
+                              target=[run.target for run in runs.members], schedule=runs.schedule,
+                              t_min=run.smallest_t(runs.config, t_min, **how),
                               generator=run.generator(device, seed, "sample"),
                               stabiliser=runs.config["stabiliser"], **how)
     return samples.unflatten(0, (members, -1)).cpu()
+
+
+def of_blocks(configs, variance):
+    """What `best` asks for Var[x | z], of equal blocks of z, one for each config; else None."""
+    if variance != "best":
+        return None
+    sets = [dataset(config) for config in configs]
+    return SimpleNamespace(covariance=lambda z, alpha, sigma: torch.cat(
+        [data.covariance(block, alpha, sigma) for data, block in zip(sets, z.chunk(len(sets)))]))
 
 
 def floor(config, n):

@@ -33,58 +33,18 @@ import samplers
 import settings
 import tables
 import threads
-
-
-def nats(c):
-    """Sum over all dimensions but the first: (B, ...) -> (B,)."""
-    return c.flatten(1).sum(1)
-
-
-def prior(x, schedule, t_min=1e-3):
-    """KL of q(z_1 | x) = N(alpha x, sigma^2) from p(z_1) = N(0, alpha^2 + sigma^2), Eq. (3.6): (B, ...) -> (B,), nats.
-
-    With r^2 = alpha^2 + sigma^2 it is 1/2 (sigma^2 / r^2 + alpha^2 x^2 / r^2 - 1 - log(sigma^2 / r^2)), and
-    alpha^2 / r^2 is sigmoid(logsnr) for every schedule.
-    """
-    logsnr = x.new_tensor(schedule.ends(t_min)[0])
-    return nats(0.5 * (torch.sigmoid(logsnr) * (x**2 - 1) + torch.nn.functional.softplus(logsnr)))
-
-
-def gaussian(x, eps, logsnr):
-    """-log p(x | z_0) of points, p(x | z_0) = N(x; z_0 / alpha, sigma^2 / alpha^2): (B, ...) -> (B,) in nats.
-
-    At z_0 = alpha x + sigma eps it is 1/2 (eps^2 + log(2 pi) - logsnr) for each dimension; here its mean over eps.
-    """
-    return nats(0.5 * (1 + math.log(2 * math.pi) - logsnr) * torch.ones_like(x))
-
-
-def log_prob_level(x, mean, std):
-    """Log-probability that N(mean, std^2) falls on the grey level x, one of 256 in [-1, 1]; broadcastable -> x's shape.
-
-    The bins are 2 / 255 wide, and those of black and white reach to infinity, so that the 256 probabilities sum to 1:
-    Foundations 3.2.4, Algorithm 2, with x itself in its tests (ERRATA.md, entry 14).
-    """
-    upper, lower = (x + 1 / 255 - mean) / std, (x - 1 / 255 - mean) / std
-    upper, lower = torch.where(x > 0.999, math.inf, upper), torch.where(x < -0.999, -math.inf, lower)
-    right = lower > 0                           # Phi(upper) - Phi(lower) cancels there: mirror it
-    upper, lower = torch.where(right, -lower, upper), torch.where(right, -upper, lower)
-    log_ndtr = lambda x: torch.special.log_ndtr(x.cpu() if x.device.type == "mps" else x).to(x.device)   # MPS has none
-    return log_ndtr(upper) + torch.log1p(-torch.exp(log_ndtr(lower) - log_ndtr(upper)))
-
-
-def discretised(x, eps, logsnr):
-    """-log p(x | z_0) of images, N(z_0 / alpha, sigma^2 / alpha^2) on the 256 levels: (B, ...) -> (B,) in nats."""
-    std = math.exp(-0.5 * logsnr)
-    return -nats(log_prob_level(x, x + std * eps, std))
+import variance as variances
+from decoders import discretised, gaussian, nats, prior, reconstruction
 
 
 @torch.no_grad()
-def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, uniform="logsnr", draws=16, t_min=1e-3,
-          stabiliser=0.0, generator=None):
+def bound(model, x, *, target, schedule, decoder=gaussian, steps=None, variance="small", data=None, uniform="logsnr",
+          draws=16, t_min=1e-3, stabiliser=0.0, generator=None):
     """The bound on -log p(x) for each example, Eq. (3.6), VDM 3.60: x (B, ...) -> dict of (B,) in nats.
 
     "prior", "reconstruction", "diffusion" sum to the bound; "error" is the standard error of the last over draws of t
-    and noise. steps: T of the discrete bound, Eq. (3.18); None: continuous time, Eq. (3.20), t from `losses.draw_t`.
+    and noise. steps: T of the discrete bound, Eq. (3.18), with a variance of `variance.VARIANCES` (`best` needs data);
+    None: continuous time, Eq. (3.20), t from `losses.draw_t`.
     """
     objective, dimensions = dict(target=target, schedule=schedule, stabiliser=stabiliser), x[0].numel()
     if steps is None:
@@ -102,8 +62,8 @@ def bound(model, x, *, target, schedule, reconstruction=gaussian, steps=None, un
             diffusion.append(dimensions * integral)
         else:
             diffusion.append(dimensions * losses.discrete_loss(
-                model, x, i[k], eps, steps=steps, t_min=t_min, **objective))
-        decoded.append(reconstruction(x, noise(), schedule.ends(t_min)[1]))
+                model, x, i[k], eps, steps=steps, t_min=t_min, variance=variance, data=data, **objective))
+        decoded.append(reconstruction(x, noise(), schedule.ends(t_min)[1], decoder))
     diffusion = torch.stack(diffusion)
     return {"prior": prior(x, schedule, t_min), "reconstruction": torch.stack(decoded).mean(0),
             "diffusion": diffusion.mean(0), "error": diffusion.std(0) / draws**0.5}
@@ -168,29 +128,40 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
     return log_p + state[:, -1] + dimensions * schedule.alpha(start).log(), evaluations
 
 
-def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=None, ode_steps=64, tolerance=None,
-             probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None):
+def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="logsnr", num_ode=None, ode_steps=64,
+             tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
     x: points (n, D), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
     num_ode of them (all); draws, steps are those of `bound`, ode_steps, tolerance, probes of `log_likelihood`. Images
     have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255),
-    the bins' width: on average it is not below -log P(x) (Theis et al. 2016). t_min: `run.smallest_t`.
+    the bins' width: on average it is not below -log P(x) (Theis et al. 2016). t_min: `run.smallest_t`. Of a run on a
+    chain the bound is that of its own steps and variance, or those asked for, all terms; model: with its `out`.
     """
-    data, objective = x.ndim > 2, losses.objective(config)
-    shared = ({key: objective[key] for key in ("target", "schedule", "stabiliser")}
-              | dict(t_min=run.smallest_t(config, t_min), generator=generator))
+    images, objective = x.ndim > 2, losses.objective(config)
+    if variance and not (steps or config.get("timesteps")):
+        raise ValueError("its bound is of continuous time, which has no variance of a step - say of how many, --steps")
+    variance, data = variances.chosen(config, variance, steps=steps), None
+    if variance == "best":
+        data = run.kind_module(settings.kind(config)).dataset(config)
+    shared = dict(target=variances.predicted(config["target"]), schedule=objective["schedule"],
+                  stabiliser=config["stabiliser"], generator=generator)
+    how = dict(decoder=discretised if images else gaussian, draws=draws, variance=variance, data=data)
+    alone, t_min = lambda z, t: variances.split(model(z, t), z)[0], run.smallest_t(config, t_min, "flow")
     parts, num_ode = [], len(x) if num_ode is None else num_ode
     for i, rows in zip(range(0, len(x), batch_size), x.split(batch_size)):
-        part = bound(model, rows, steps=steps, uniform=uniform, draws=draws, **shared,
-                     reconstruction=discretised if data else gaussian)
+        if config.get("timesteps"):
+            part = variances.vlb(model, rows, steps=steps or config["timesteps"], t_min=config["t_min"], **how,
+                                 **shared)
+        else:
+            part = bound(model, rows, steps=steps, uniform=uniform, t_min=t_min, **how, **shared)
         rows = rows[:max(0, num_ode - i)]
         if len(rows):
-            if data:
+            if images:
                 rows = rows + (2 * torch.rand(rows.shape, generator=generator, device=x.device) - 1) / 255
-            log_p, part["evaluations"] = log_likelihood(model, rows, steps=ode_steps, tolerance=tolerance,
-                                                        probes=probes, **shared)
-            part["exact"] = -log_p - (rows[0].numel() * math.log(2 / 255) if data else 0)
+            log_p, part["evaluations"] = log_likelihood(alone, rows, steps=ode_steps, tolerance=tolerance,
+                                                        probes=probes, t_min=t_min, **shared)
+            part["exact"] = -log_p - (rows[0].numel() * math.log(2 / 255) if images else 0)
         parts.append(part)
         progress(min(i + batch_size, len(x)))
     evaluations = max(part.pop("evaluations", 0) for part in parts)
@@ -201,8 +172,8 @@ def evaluate(model, x, config, draws=16, steps=None, uniform="logsnr", num_ode=N
     return terms, evaluations
 
 
-SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "uniform", "num_ode", "ode_steps", "tolerance",
-            "probes")      # that a result depends on
+SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "variance", "uniform", "num_ode", "ode_steps",
+            "tolerance", "probes")      # that a result depends on
 
 
 def file_name(args):
@@ -228,7 +199,10 @@ def parse(argv):
     group = parser.add_argument_group("bound")
     group.add_argument("--draws", type=settings.number(int, 2, 10**6),
                        help="of t and noise for each example (points: 100, images: 16)")
-    group.add_argument("--steps", type=settings.number(int, 1, 10**6), help="T of the discrete bound (continuous time)")
+    group.add_argument("--steps", type=settings.number(int, 1, 10**6),
+                       help="T of the discrete bound (continuous time; of a run on a chain its own)")
+    group.add_argument("--variance", choices=variances.VARIANCES,
+                       help="of its steps, see variance.py (the run's own, small unless it was trained on a chain)")
     group.add_argument("--uniform", choices=["logsnr", "t"], default="logsnr",
                        help="what is drawn uniformly in continuous time (logsnr)")
     group = parser.add_argument_group("probability flow ODE")
@@ -253,7 +227,7 @@ def main(argv=None):
     args = parse(argv)
     device, chosen = run.device(args.device), run.chosen(args.ckpt, args.out)
     run.of_images(args, dict(data_dir="data"), chosen[0][0].config)
-    args.defaults |= chosen[0][0].kind.LIKELIHOOD
+    args.defaults |= chosen[0][0].kind.LIKELIHOOD | ({"draws": 2} if chosen[0][0].config["timesteps"] else {})
     for key, value in args.defaults.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     file, lines, show = file_name(args), [], print if len(chosen) == 1 else lambda line: None
@@ -267,18 +241,19 @@ def main(argv=None):
             seconds = time.perf_counter() - start                                   # noqa: B023 - called in this turn
             print(f"{done:,} of {len(x):,} examples, "                              # noqa: B023
                   f"{seconds / done * (len(x) - done):.0f} s left", flush=True)     # noqa: B023
-        network = threads.shared(one.model(device).to(x.dtype), device)
+        network = threads.shared(one.model(device, out=True).to(x.dtype), device)
         examples = 0 if args.tolerance else len(x) if args.num_ode is None else min(args.num_ode, len(x))
         add = clock.counter("flow", 4 * args.ode_steps * examples, "evaluations, one an example")
 
         def model(z, t):
             prediction = network(z, t)                                                  # noqa: B023
-            add(len(z) if torch.is_grad_enabled() else 0)      # the flow takes the time    # noqa: B023
+            if torch.is_grad_enabled():                        # the flow takes the time
+                add(len(z))                                                             # noqa: B023
             return prediction
         try:
             with run.enough_memory("a smaller --batch-size"):
                 terms, evaluations = evaluate(
-                    model, x, one.config, args.draws, args.steps, args.uniform, args.num_ode,
+                    model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
                     run.generator(device, args.seed, "likelihood"), progress)
         except ValueError as error:

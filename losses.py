@@ -16,7 +16,9 @@ term.
 import torch
 
 import ddpm
+import discrete
 import targets
+import variance
 
 STABLE_D = 0.01        # the thesis's stabiliser, inferred from its Table 4.1: ERRATA.md entry 8
 
@@ -63,40 +65,63 @@ def nelbo_stable(target, alpha, sigma, det, dlogsnr):
     return rows[target]
 
 
-LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelbo_stable}
+def vlb(target, alpha, sigma, det, dlogsnr):
+    """The bound of a discrete chain: no weight of an error, but a term of `variance.loss`."""
+    return torch.zeros_like(det)
+
+
+LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelbo_stable,
+          "vlb": vlb, "hybrid": mse}       # hybrid: and a little of vlb, Foundations 6.1
 COSINE_ONLY = "nelbo_stable",
+OF_A_CHAIN = "vlb", "hybrid"
 
 
-def weight(loss, target, t, schedule, stabiliser=0.0):
+def weight(loss, target, t, schedule, stabiliser=0.0, chain=None):
     """Weight of the target's squared error at time t: (B,) -> (B,).
 
-    Raises ValueError for an unknown loss or target, or a schedule that the loss is not made for.
+    Raises ValueError for an unknown loss or target, a schedule that the loss is not made for, or a
+    loss or target of a discrete chain without one (`discrete.chain`).
     """
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
     if loss in COSINE_ONLY and schedule is not ddpm.SCHEDULES["cosine"]:
         raise ValueError(f"{loss} has weights for the cosine schedule alone")
+    if loss in OF_A_CHAIN and chain is None:
+        raise ValueError(f"loss {loss} is of a discrete chain: say of how many steps, --timesteps 1000")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    det = targets.determinant(target, alpha, sigma, stabiliser)
+    det = targets.determinant(target, alpha, sigma, stabiliser, step_of(chain, t))
     return LOSSES[loss](target, alpha, sigma, det, schedule.dlogsnr(t))
+
+
+def step_of(chain, t):
+    """(A, B) of the steps of a chain that start at its times t, for a target that needs them."""
+    return None if chain is None else chain.step(chain.index(t), t)[:2]
+
+
+def chain_of(config):
+    """The discrete chain that a run is trained on; None: continuous time."""
+    return config.get("timesteps") and discrete.chain(
+        ddpm.SCHEDULES[config["schedule"]], config["timesteps"], config["t_min"])
 
 
 def objective(config):
     """The arguments of `loss` besides model and data, from the config of a run."""
-    return dict(target=config["target"], loss=config["loss"],
-                schedule=ddpm.SCHEDULES[config["schedule"]], stabiliser=config["stabiliser"])
+    found = dict(target=config["target"], loss=config["loss"],
+                 schedule=ddpm.SCHEDULES[config["schedule"]], stabiliser=config["stabiliser"])
+    return found | ({"chain": chain_of(config)} if config.get("timesteps") else {})
 
 
-def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0):
+def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0, chain=None):
     """The weighted regression that training is: inputs z (and t), targets y, weights w.
 
     x, eps, z = alpha x + sigma eps and y = a x + b eps are (B, ...), t and w are (B,). They are
-    the same for every network, so that training computes them for many batches at once.
+    the same for every network, so that training computes them for many batches at once. chain: its
+    times t are.
     """
-    alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
-    a, b = targets.coefficients(target, alpha, sigma, stabiliser)
+    alpha, sigma, step = schedule.alpha(t), schedule.sigma(t), step_of(chain, t)
+    a, b = (ddpm.expand(c, x) for c in targets.coefficients(target, alpha, sigma, stabiliser, step))
     return (ddpm.q_sample(x, t, eps, schedule), a * x + b * eps,
-            weight(loss, target, t, schedule, stabiliser))
+            weight(loss, target, t, schedule, stabiliser, chain))
 
 
 def weighted_error(y_hat, y, w):
@@ -121,22 +146,18 @@ def loss(model, x, t, eps, *, target, loss, schedule, stabiliser=0.0):
     return weighted_error(model(z, t), y, w)
 
 
-def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, stabiliser=0.0):
+def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, **how):
     """Diffusion loss L_T of T = steps, Eq. (3.18): one term i of its sum for each sample, times T.
 
     x, eps (B, ...), i (B,) integers in 1..steps, uniform -> (B,). The mean over the batch
-    estimates L_T / D in nats per dimension on the grid t_i = t_min + (1 - 2 t_min) i / T, and
-    tends to (1 - 2 t_min) times the mean of the continuous `nelbo` loss as T grows, from above,
-    Eq. (3.19) - (3.20). Written on the error of eps_hat, as VDM A.37.
+    estimates L_T / D in nats per dimension on the grid t_i = t_min + (1 - 2 t_min) i / T. how:
+    stabiliser, variance (`small`), data and decoder of `variance.term`. With `small` it is
+    1/2 (SNR(s) - SNR(t)) on the error of x_hat and tends to (1 - 2 t_min) times the mean of the
+    continuous `nelbo` loss as T grows, from above, Eq. (3.19) - (3.20).
     """
-    s = t_min + (1 - 2 * t_min) * (i.to(x) - 1) / steps
-    t = t_min + (1 - 2 * t_min) * i.to(x) / steps
-    z = ddpm.q_sample(x, t, eps, schedule)
-    alpha, sigma = ddpm.expand(schedule.alpha(t), x), ddpm.expand(schedule.sigma(t), x)
-    eps_hat = targets.to_eps(target, model(z, t), z, alpha, sigma, stabiliser)
-    # expm1: SNR(s) / SNR(t) is near 1
-    snr_ratio_minus_1 = torch.expm1(schedule.logsnr(s) - schedule.logsnr(t))
-    return weighted_error(eps_hat, eps, steps / 2 * snr_ratio_minus_1)
+    chain = discrete.chain(schedule, steps, t_min)
+    nats = variance.term(model, x, i, eps, chain=chain, target=target, **how)
+    return steps / x[0].numel() * nats
 
 
 def over_t(errors, t, t_min=1e-3, bins=20, importance=None):
@@ -164,7 +185,32 @@ def sample_t(shape, t_min=1e-3, generator=None, dtype=torch.float32):
     return t_min + (1 - 2 * t_min) * u
 
 
-T_DENSITIES = "uniform", "logsnr"
+T_DENSITIES = "uniform", "logsnr", "loss_aware"
+
+
+def draw_step(shape, chain, moments=None, generator=None, dtype=torch.float32):
+    """Draw times of a chain -> t, its importance 1 / (T p(i)); i uniform, stratified as `sample_t`.
+
+    moments (T,): p(i) is proportional to the root of the mean square of term i of the loss, what
+    gives the mean over i the least variance (Nichol and Dhariwal 2021, Eq. 18), and a thousandth
+    uniform.
+    """
+    u, like = sample_t(shape, 0.0, generator, dtype), dict(dtype=dtype)
+    p = torch.ones(chain.steps, **like) if moments is None else moments.cpu().sqrt().to(dtype)
+    p = 0.999 * p / p.sum() + 0.001 / chain.steps
+    i = torch.searchsorted(p.cumsum(0).to(u.device), u).clamp(max=chain.steps - 1)
+    return chain.times.to(u)[i + 1], 1 / (chain.steps * p.to(u))[i]
+
+
+def second_moments(moments, i, errors, rate):
+    """`moments` (T,) of `draw_step`, moved by `rate` to the mean square of the errors of step i.
+
+    i, errors (n,): errors without importance. Steps that were not drawn stay as they are.
+    """
+    zeros = torch.zeros_like(moments)
+    i, squares = i.to(moments.device) - 1, errors.to(moments).square()
+    counts, sums = zeros.index_add(0, i, torch.ones_like(squares)), zeros.index_add(0, i, squares)
+    return torch.where(counts > 0, moments + rate * (sums / counts.clamp(min=1) - moments), moments)
 
 
 def draw_t(shape, schedule, t_min=1e-3, density="uniform", generator=None, dtype=torch.float32):
@@ -175,8 +221,8 @@ def draw_t(shape, schedule, t_min=1e-3, density="uniform", generator=None, dtype
     weight times importance is a constant on the squared error of eps_hat, and most of the loss's
     variance is gone (VDM 4.6, Eq. 4.123). Stratified over the last axis, see `sample_t`.
     """
-    if density not in T_DENSITIES:
-        raise ValueError(f"unknown density of t {density!r}: choose from {', '.join(T_DENSITIES)}")
+    if density not in T_DENSITIES[:2]:
+        raise ValueError(f"unknown density of t {density!r}: choose from {', '.join(T_DENSITIES[:2])}")
     if density == "uniform":
         t = sample_t(shape, t_min, generator, dtype)
         return t, torch.ones_like(t)
@@ -189,7 +235,7 @@ if __name__ == "__main__":
     t = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
     row = lambda values: " ".join(f"{v:9.4g}" for v in values)
     print(f"{'cosine schedule, t =':20s} {row(t)}")
-    for name in LOSSES:
+    for name in [name for name in LOSSES if name not in OF_A_CHAIN]:
         for target in "x", "eps", "v", "s":
             print(f"{name:13s} {target:6s} "
                   f"{row(weight(name, target, t, ddpm.SCHEDULES['cosine']))}")

@@ -13,7 +13,7 @@ import ddpm
 
 
 class MLP(nn.Module):
-    """model(z, t) -> prediction. z (B, dim) and t (B,) are concatenated; returns (B, dim).
+    """model(z, t) -> prediction. z (B, dim) and t (B,) are concatenated; returns (B, out or dim).
 
     schedule: the one that made z, to divide z by its standard deviation where that is not 1
     (`ddpm.standardise`).
@@ -21,9 +21,10 @@ class MLP(nn.Module):
     then come in M equal blocks, one for each network, and a layer is one batched product.
     """
 
-    def __init__(self, dim=2, width=128, layers=7, schedule=None, members=1):
+    def __init__(self, dim=2, width=128, layers=7, schedule=None, members=1,
+                 out=None):
         super().__init__()
-        sizes = [dim + 1] + [width] * (layers - 1) + [dim]
+        sizes = [dim + 1] + [width] * (layers - 1) + [out or dim]
         rows = [[nn.Linear(n_in, n_out) for _ in range(members)]
                 for n_in, n_out in zip(sizes, sizes[1:])]
         self.weights = nn.ParameterList(
@@ -40,7 +41,7 @@ class MLP(nn.Module):
             h = torch.baddbmm(bias, h, weight.mT)                           # (M, B / M, width)
             if i < len(self.weights) - 1:
                 h = h.relu_()
-        return h.flatten(0, 1)                                              # (B, dim)
+        return h.flatten(0, 1)                                              # (B, out)
 
 
 if __name__ == "__main__":

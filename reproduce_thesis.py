@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import ddpm
-import kind_points
 import losses
 import metrics
+import optimum
 import plots
 import run
 import sample
@@ -226,9 +226,9 @@ def fig4_11(study, path):
         curves = []
         for seed in range(study.args.seeds):
             one = runs[data, target, "mse", seed]
-            z, t, y, _ = kind_points.test_batch(one.config)
+            z, t, y, _ = optimum.test_batch(one.config)
             curves.append(variance(losses.weighted_error(one.model()(z, t), y, torch.ones_like(t)), t))
-        best = variance(kind_points.optimal_errors(data, target, "cosine", 1e-6, 0.01), t)
+        best = variance(optimum.optimal_errors(data, target, "cosine", 1e-6, 0.01), t)
         panels.setdefault(data, []).append((target, target, torch.stack(curves), best))
     plots.over_t(panels, "variance of the weighted loss", path)
 
@@ -265,9 +265,9 @@ def over_steps(data):
 def loss_over_t(data):
     def figure(study, path):
         runs, panels, last = study.trained("stabilised", ["mse"], [data]), {}, study.args.epochs
-        t = kind_points.test_batch(runs[data, "x", "mse", 0].config)[1]
+        t = optimum.test_batch(runs[data, "x", "mse", 0].config)[1]
         for target in TARGETS:
-            best = losses.over_t(kind_points.optimal_errors(data, target, "cosine", 1e-6, 0.01), t, 1e-6)
+            best = losses.over_t(optimum.optimal_errors(data, target, "cosine", 1e-6, 0.01), t, 1e-6)
             keys = [(data, target, "mse", seed) for seed in range(study.args.seeds)]
             panels[target] = [(f"epoch {epoch}", target,
                                torch.tensor([study.over_t(runs, key, epoch) for key in keys]), best)

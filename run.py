@@ -23,9 +23,11 @@ import torch
 from torch import distributed
 
 import checkpoints
+import losses
 import samplers
 import settings
 import stack
+import variance
 from checkpoints import FORMAT, load, save, write  # noqa: F401 - run.load, run.save
 from ddpm import SCHEDULES
 
@@ -103,7 +105,8 @@ class Run:
 
     @property
     def target(self):
-        return self.config["target"]
+        """What `model` predicts: the target of its training, or x in place of the mean of a step of a chain."""
+        return variance.predicted(self.config["target"])
 
     @property
     def schedule(self):
@@ -114,11 +117,16 @@ class Run:
         """The file with the verbs of its data, `kind_points` or `kind_images`."""
         return kind_module(settings.kind(self.config))
 
-    def model(self, device="cpu"):
-        """The trained network, model(z, t) -> prediction of `target`, to evaluate; of images with averaged weights."""
+    def model(self, device="cpu", out=False):
+        """The trained network, model(z, t) -> prediction of `target`, to evaluate; of images with averaged weights.
+
+        out: of a learned variance the network's second half, too: `variance.split` takes them apart.
+        """
         model = self.kind.build_model(self.config, len(self.members))
         with checkpoints.fitting(self.folder):
             model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
+        names, chain = [run.config["target"] for run in self.members], losses.chain_of(self.config)
+        model = model if chain is None else variance.Mean(model, names, chain, out)
         return model.to(device).requires_grad_(False).eval()
 
     def denoiser(self, device="cpu", **options):
@@ -145,7 +153,7 @@ class Stack(Run):
 
     @property
     def target(self):
-        return [run.config["target"] for run in self.members]
+        return [run.target for run in self.members]
 
 
 def open(path):
@@ -194,9 +202,13 @@ def of_images(args, options, config):
                              "leave it out")
 
 
-def smallest_t(config, t_min=None):
-    """The end of sampling: what was asked for, else that of training, but at least 0.001."""
-    return t_min or max(config["t_min"], 1e-3)
+def smallest_t(config, t_min=None, sampler="ancestral", grid="t", **how):
+    """The end of sampling: what was asked for, else that of training, but at least 0.001.
+
+    A chain's own sampler goes through the chain's own times, which may end in 0.
+    """
+    own = config.get("timesteps") and (sampler, grid) == ("ancestral", "t")
+    return t_min or (config["t_min"] if own else max(config["t_min"], 1e-3))
 
 
 def existing(folder, config, resume, overwrite):

@@ -17,9 +17,12 @@ What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samp
 """
 import argparse
 
+import discrete
 import run
 import samplers
 import settings
+import variance
+from variance import VARIANCES
 
 IMAGES = dict(batch_size=None, clip=True, overwrite=False, fid=False, fid_split="train", inception_weights=None,
               data_dir="data")         # the options of images alone, and their defaults
@@ -32,10 +35,12 @@ def parse(argv):
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--steps", type=settings.number(int, 1, 10**6), default=512, help="function evaluations (512)")
     parser.add_argument("--sampler", choices=samplers.SAMPLERS, default="ancestral", help="(ancestral)")
-    parser.add_argument("--grid", choices=samplers.GRIDS, default="t",
-                        help="what the steps are equal in: t, log-SNR, or Karras's (t)")
+    parser.add_argument("--grid", choices=[*samplers.GRIDS, "rescaled"], default="t",
+                        help="what the steps are equal in: t, log-SNR, or Karras's; betas of ddpm, rescaled (t)")
     parser.add_argument("--eta", type=settings.number(float, 0, 1),
                         help="noise of --sampler ddim, 1 is that of ancestral (0)")
+    parser.add_argument("--variance", choices=[*VARIANCES, "none"],
+                        help="of --sampler ancestral (the run's own, small unless it was trained on a chain)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
                         help="the steps divide [t_min, 1 - t_min] (that of training, at least 0.001)")
     parser.add_argument("--num-samples", type=settings.number(int, 2, 10**7), help="(points: 10000, images: 64)")
@@ -61,7 +66,14 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.eta is not None and args.sampler != "ddim":
         parser.error(f"--eta is for --sampler ddim, {args.sampler} has none")
-    args.how = dict(sampler=args.sampler, grid=args.grid, **({"eta": args.eta} if args.eta is not None else {}))
+    if (args.variance or "none") != "none" and args.sampler != "ancestral":
+        parser.error(f"--variance is for --sampler ancestral, {args.sampler} has none")
+    if args.variance == "none" and args.sampler == "ancestral":
+        parser.error("--sampler ancestral has a variance: choose " + ", ".join(VARIANCES))
+    if args.grid == "rescaled" and args.sampler in ("sde", "euler", "heun"):
+        parser.error(f"--grid rescaled is known at its own steps alone, and --sampler {args.sampler} needs its slope")
+    args.how = dict(sampler=args.sampler, grid=args.grid, **{
+        name: getattr(args, name) for name in ("eta", "variance") if getattr(args, name) is not None})
     args.in_words = ", ".join(f"{key} {value}" for key, value in args.how.items())
     return args
 
@@ -70,6 +82,13 @@ def main(argv=None):
     args = parse(argv)
     chosen = run.chosen(args.ckpt, args.out)
     run.of_images(args, IMAGES, chosen[0][0].config)
+    for one, _ in chosen:
+        try:
+            variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid)
+            if args.grid == "rescaled":
+                discrete.rescaled(one.schedule, args.steps)
+        except ValueError as error:
+            raise SystemExit(f"{one.folder}: {error}") from None
     chosen[0][0].kind.sample(chosen, args, run.device(args.device))
 
 

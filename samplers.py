@@ -24,14 +24,20 @@ import math
 import torch
 
 import ddpm
+import discrete
 import targets
+import variance as variances
 
 
-def ancestral(denoise, z, times, schedule, noise):
-    """Ho et al. 2020, Alg. 2; VDM 3.103."""
+def ancestral(denoise, z, times, schedule, noise, variance="small", data=None):
+    """Ho et al. 2020, Alg. 2; VDM 3.103; with any of `variance.VARIANCES`, Eq. (3.12) has `small`."""
     for t, s in zip(times, times[1:]):
-        x_hat, _ = denoise(z, t)
+        x_hat, _, *out = denoise(z, t)
         mean, var = ddpm.posterior(z, x_hat, s, t, schedule)
+        if variance == "best":
+            var = variances.best(data, z, s, t, schedule)
+        elif variance != "small":
+            var = variances.log_var(variance, s, t, schedule, z, *out).exp()
         z = mean + var.sqrt() * noise()
     return denoise(z, times[-1])[0]
 
@@ -117,7 +123,7 @@ def uniform_t(n, schedule, t_min, **like):
     """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min].
 
     i = n, ..., 1. The last time is one step above t_min, from where x_hat is the sample; the
-    other grids end at t_min itself.
+    other grids end at t_min itself. Of a chain it skips steps (Nichol and Dhariwal 2021, Eq. 19).
     """
     return t_min + (1 - 2 * t_min) * torch.arange(n, 0, -1, **like) / n
 
@@ -140,17 +146,19 @@ def denoiser(model, target, schedule, stabiliser=0.0, clip=math.inf):
     """The network as (z, t) -> x_hat, eps_hat, all (B, ...), t (): what the samplers see.
 
     eps_hat goes with z and x_hat, also where that is clipped. target: for a stack a list of
-    names, one for each equal part.
+    names, one for each equal part. A network that gives `out` of a learned variance beside its
+    prediction has it as a third result.
     """
     names = [target] if isinstance(target, str) else target
 
     def denoise(z, t):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        predictions = model(z, t.expand(len(z))).chunk(len(names))
+        predictions, *out = model(z, t.expand(len(z))).split(z.shape[1], 1)
         x_hat = torch.cat([
             targets.to_x(name, y, z, alpha, sigma, stabiliser)
-            for name, y, z in zip(names, predictions, z.chunk(len(names)))]).clamp(-clip, clip)
-        return x_hat, (z - alpha * x_hat) / sigma
+            for name, y, z in zip(names, predictions.chunk(len(names)), z.chunk(len(names)))
+        ]).clamp(-clip, clip)
+        return x_hat, (z - alpha * x_hat) / sigma, *out
     return denoise
 
 
@@ -163,11 +171,15 @@ def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="
     (B, ...) and the true time t (B,), however few the steps. The first z has the variance that
     standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's device.
     clip: every x_hat is kept in [-clip, clip], the range of images (Ho et al. 2020). options: eta
-    of `ddim`. For a stack of M models `target` is a list of M names: all get the same draws, and
-    it returns (M * B, ...). Raises ValueError if steps < 1, and for an unknown sampler or grid.
+    of `ddim`, variance and data (for `best`) of `ancestral`. For a stack of M models `target` is
+    a list of M names: all get the same draws, and
+    it returns (M * B, ...). Raises ValueError if steps < 1, and for an unknown sampler or grid;
+    grid may also be rescaled: the chain of `discrete.rescaled`, which has its own.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if grid == "rescaled":                                 # t_i = i / steps of another schedule
+        schedule, grid, t_min = discrete.rescaled(schedule, steps), "t", 0.0
     for kind, name, table in ("sampler", sampler, SAMPLERS), ("grid", grid, GRIDS):
         if name not in table:
             raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(table)}")

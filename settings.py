@@ -23,6 +23,7 @@ from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from own_points import are_facts, is_file_of_points
 from targets import TARGETS
+from variance import VARIANCES
 
 ABSENT = object()          # in place of a default: this kind of data has no such setting
 NAMES = "data", "target", "loss", "seed"
@@ -97,9 +98,17 @@ class Setting:
 
 SETTINGS = [
     Setting("schedule", "noise schedule", "cosine", "cosine", argument=dict(choices=SCHEDULES)),
-    Setting("t_min", "t is in [t_min, 1 - t_min]", 1e-3, 1e-3, argument=dict(type=number(float, 1e-6, 0.49))),
-    Setting("t_density", "what is uniform, t or log-SNR; the weights are exact in both", "uniform", "uniform",
+    Setting("t_min", "t is in [t_min, 1 - t_min]; 0 for a chain whose schedule allows it", 1e-3, 1e-3,
+            argument=dict(type=number(float, 0, 0.49))),
+    Setting("t_density", "what is uniform, t or log-SNR, or of a chain p(i) ~ the root of the mean square of its term "
+            "of the loss; the weights are exact in all", "uniform", "uniform",
             argument=dict(choices=losses.T_DENSITIES)),
+    Setting("timesteps", "train a discrete chain of so many steps, see variance.py, Ho et al. 2020: 1000 (none: "
+            "continuous time)", None, None, argument=dict(type=number(int, 2, 10_000))),
+    Setting("variance", "of a step of a chain; direct, log and range are learned", "small", "small",
+            argument=dict(choices=VARIANCES)),
+    Setting("vlb_weight", "of --loss hybrid: its factor of the bound in nats per dimension, the sum over all steps",
+            1e-3, 1e-3, argument=dict(type=number(float, 0, 10**6))),
     Setting("stabiliser", "d in the score target -sigma eps / (sigma^2 + d); the thesis's numbers: 0.01", 0.0, 0.0,
             argument=dict(type=number(float, 0, 100))),
     Setting("epochs", "passes over the data", 100, 500, "points", dict(type=number(int, 1, 10**6)),

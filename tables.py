@@ -44,8 +44,10 @@ def mean_and_error(c):
 def likelihood(one, terms, args, show=print, **facts):
     """Print the terms of a Run, of `likelihood.evaluate`, beside the entropy -> what is in likelihood.json."""
     n, dimensions, config = len(terms["bound"]), one.kind.dimension(one.config), one.config
+    steps = args.steps or config["timesteps"]
     result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions,
-                  steps=args.steps, uniform=args.uniform, ode_steps=args.ode_steps, tolerance=args.tolerance,
+                  steps=steps, variance=args.variance or config["variance"], uniform=args.uniform,
+                  ode_steps=args.ode_steps, tolerance=args.tolerance,
                   t_min=run.smallest_t(config, args.t_min), seed=args.seed, **facts)
     standardised = "" if "points" not in config else " (standardised: in the file's units add {:.4f} nats)".format(
         sum(map(math.log, config["points"]["scale"])))
@@ -60,7 +62,7 @@ def likelihood(one, terms, args, show=print, **facts):
     line("reconstruction", terms["reconstruction"])
     line("diffusion", terms["diffusion"],
          f"at most {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
-    line("bound", terms["bound"], "the sum" if args.steps is None else f"the sum, T = {args.steps}")
+    line("bound", terms["bound"], f"the sum, T = {steps}, variance {result['variance']}" if steps else "the sum")
     if "exact" in terms:
         line("exact", terms["exact"], f"flow, {facts['evaluations']} function evaluations, "
                                       f"{result['n_exact']:,} {settings.kind(config)}")

@@ -25,37 +25,47 @@ TARGETS = {
     "u":   lambda alpha, sigma, d: (-1.0, 1.0),                         # flow (Lipman et al. 2023)
     "F":   lambda alpha, sigma, d: (sigma / (alpha**2 + sigma**2)**0.5,             # EDM's network,
                                     -alpha / (alpha**2 + sigma**2)**0.5),           # -v if 1 = r^2
+    # The posterior mean A z + B x of a step of a discrete chain (Foundations 2.40, 4.1), and the
+    # same for a network with a skip connection, whose output plus z it is. A and B: `variance.py`.
+    "mu":      lambda alpha, sigma, d, A, B: (A * alpha + B, A * sigma),
+    "mu_skip": lambda alpha, sigma, d, A, B: ((A - 1) * alpha + B, (A - 1) * sigma),
 }
+OF_A_STEP = "mu", "mu_skip"
 
 
-def coefficients(target, alpha, sigma, stabiliser=0.0):
-    """Return (a, b) of y = a x + b eps, tensors of alpha's shape; ValueError: an unknown target.
+def coefficients(target, alpha, sigma, stabiliser=0.0, step=None):
+    """Return (a, b) of y = a x + b eps, tensors of alpha's shape.
 
     stabiliser is the thesis's d in the denominator of the score, -sigma eps / (sigma^2 + d); the
-    others ignore it.
+    others ignore it. step: (A, B), which the targets OF_A_STEP need. ValueError: an unknown
+    target, or one of a step without its step.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
-    a, b = TARGETS[target](alpha, sigma, stabiliser)
+    if target in OF_A_STEP and step is None:
+        raise ValueError(f"target {target} is the mean of a step of a discrete chain: "
+                         "say of how many steps, --timesteps 1000")
+    a, b = TARGETS[target](alpha, sigma, stabiliser, *(step if target in OF_A_STEP else ()))
     return a * torch.ones_like(alpha), b * torch.ones_like(alpha)
 
 
-def determinant(target, alpha, sigma, stabiliser=0.0):
+def determinant(target, alpha, sigma, stabiliser=0.0, step=None):
     """The determinant alpha b - sigma a of a target's row and z's.
 
     x_hat - x = -(sigma / det) (y_hat - y) and eps_hat - eps = (alpha / det) (y_hat - y).
     """
-    a, b = coefficients(target, alpha, sigma, stabiliser)
+    a, b = coefficients(target, alpha, sigma, stabiliser, step)
     return alpha * b - sigma * a
 
 
-def to_x(target, y, z, alpha, sigma, stabiliser=0.0):
+def to_x(target, y, z, alpha, sigma, stabiliser=0.0, step=None):
     """x from the target (or x_hat from a prediction) y and z = alpha x + sigma eps -> y's shape.
 
     All are broadcastable. For eps it is (z - sigma eps) / alpha, 3.1.5; for s
-    (z + sigma^2 s) / alpha, Eq. (3.49); for v alpha z - sigma v, Eq. (3.58).
+    (z + sigma^2 s) / alpha, Eq. (3.49); for v alpha z - sigma v, Eq. (3.58); for mu
+    (mu - A z) / B.
     """
-    a, b = coefficients(target, alpha, sigma, stabiliser)
+    a, b = coefficients(target, alpha, sigma, stabiliser, step)
     return (b * z - sigma * y) / (alpha * b - sigma * a)
 
 
@@ -71,7 +81,7 @@ if __name__ == "__main__":
     alpha, sigma = ddpm.SCHEDULES["cosine"].alpha(t), ddpm.SCHEDULES["cosine"].sigma(t)
     row = lambda values: " ".join(f"{v:10.4g}" for v in values)
     print(f"{'cosine schedule, t =':22s}{row(t)}")
-    for target in TARGETS:
+    for target in [name for name in TARGETS if name not in OF_A_STEP]:
         a, b = coefficients(target, alpha, sigma)
         det = determinant(target, alpha, sigma)
         print(f"{target:4s}a                 {row(a)}\n    b                 {row(b)}")

@@ -27,6 +27,7 @@ import losses
 import progress
 import run
 import settings
+import variance as variances
 
 GRID_STEPS = 100      # of the sampler that draws a grid during training
 SAVE_EVERY = 60       # seconds between two checkpoints, at least
@@ -46,8 +47,10 @@ def order(seed, epoch, n, device):
     return torch.randperm(n, generator=run.generator("cpu", seed, "order", epoch)).to(device)
 
 
-def batch(data, step, config):
+def batch(data, step, config, moments=None):
     """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the images' device.
+
+    moments: of `losses.draw_step`, where the loss says which t are drawn.
 
     An epoch goes through the images in an order of its own and leaves out the last, smaller batch.
     """
@@ -56,7 +59,9 @@ def batch(data, step, config):
     g = run.generator(device, seed, "noise", step)
     x = data[order(seed, epoch, len(data), device)[i * size:(i + 1) * size]]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
-    t, importance = losses.draw_t((size,), ddpm.SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
+    chain = losses.chain_of(config)
+    t, importance = losses.draw_step((size,), chain, moments, g) if chain else losses.draw_t(
+        (size,), ddpm.SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
     return x, t, torch.randn(x.shape, generator=g, device=device), importance
 
 
@@ -78,15 +83,17 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
     ema = copy.deepcopy(model).eval()
     # recent: (loss, norm of the gradient, errors, t, importance) since the last test
-    step, history, recent, seconds = 0, [], [], 0.0
+    step, history, recent, seconds, chain = 0, [], [], 0.0, losses.chain_of(config)
+    moments = torch.ones(chain.steps, device=device) if config["t_density"] == "loss_aware" else None
     if state:
-        moments = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+        adam = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+        moments = None if moments is None else state["moments"].to(device)
         with checkpoints.fitting(folder):
-            for part, values in (model, state["model"]), (ema, state["ema"]), (optimizer, moments):
+            for part, values in (model, state["model"]), (ema, state["ema"]), (optimizer, adam):
                 part.load_state_dict(values)
         step, history, seconds = state["step"], list(state["history"]), state["seconds"]
-        for weight, moments in optimizer.state.items():    # in the memory layout of this device
-            moments |= {key: torch.empty_like(weight).copy_(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
+        for weight, kept in optimizer.state.items():       # in the memory layout of this device
+            kept |= {key: torch.empty_like(weight).copy_(kept[key]) for key in ("exp_avg", "exp_avg_sq")}
         recent = list(zip(*(column.to(device) for column in state["recent"])))
         if recent and len(recent[0][2]) != config["batch_size"] // world:
             recent = []                                    # of another number of processes: their parts differ in size
@@ -109,7 +116,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             run.write(folder / "metrics.jsonl", checkpoints.lines(history))
             run.save(folder / "ckpt.pt", dict(config=config, model=model.state_dict(), ema=ema.state_dict(), step=step,
                                               optimizer=optimizer.state_dict(), history=history, seconds=seconds,
-                                              recent=[column.cpu() for column in columns()]))
+                                              recent=[column.cpu() for column in columns()],
+                                              **{} if moments is None else {"moments": moments.cpu()}))
 
     took = dict(test=None, grid=None, all=0.0)
 
@@ -120,14 +128,14 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
-        x, t, eps, importance = batch(data, step, config)
+        x, t, eps, importance = batch(data, step, config, moments)
         z, y, w = losses.regression(x, t, eps, **objective)
-        z, y, w, t, importance = (c[mine] for c in (z, y, w * importance, t, importance))
+        x, z, y, w, t, importance = (c[mine] for c in (x, z, y, w * importance, t, importance))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
         torch.manual_seed(run.generator("cpu", config["seed"], "dropout", step, rank).initial_seed())
         with kind_images.autocast(config, device):
-            y_hat = network(z, t)
-        errors = losses.weighted_error(y_hat, y, w)
+            prediction = network(z, t)
+        errors = kind_images.loss(prediction, x, t, y, w, config, importance)
         loss = errors.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -136,6 +144,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         step += 1
         get_ema_multi_avg_fn(ema_decay(config["ema"], step))(average, list(model.parameters()), None)
 
+        if moments is not None:
+            moments = losses.second_moments(moments, chain.index(t), errors.detach() / importance, 0.1)
         recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
         over = step >= steps or seconds >= 60 * minutes
@@ -154,6 +164,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
                 distributed.all_reduce(loss)
             entry = dict(step=step, epoch=step * config["batch_size"] / len(data),
                          train_loss=loss.mean().item() / world, gradient_norm=norm.mean().item(),
+                         gradient_norms=[float(f"{value:.4g}") for value in norm.tolist()],
                          **kind_images.test(ema, test, config, device))
             over_t = losses.over_t(
                 errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten()).tolist()
@@ -170,8 +181,9 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         if rank == 0 and (step % grid_every == 0 or over):
             since = time.perf_counter()
             evaluated = progress.counter("drawing a grid", GRID_STEPS, "evaluations")
-            samples = kind_images.draw(progress.counted(ema, evaluated), (64, *data.shape[1:]), GRID_STEPS, config,
-                                       run.generator(device, config["seed"], "grid"), max(config["t_min"], 1e-3))
+            network_of_x = ema if chain is None else variances.Mean(ema, [config["target"]], chain)
+            samples = kind_images.draw(progress.counted(network_of_x, evaluated), (64, *data.shape[1:]), GRID_STEPS,
+                                       config, run.generator(device, config["seed"], "grid"), run.smallest_t(config))
             images.save_png(images.grid(samples.cpu(), 8), folder / f"samples-{step}.png")
             finished("grid", since)
     return history[-1]
@@ -211,26 +223,14 @@ def reporter(which, config, steps, minutes, tested, test_every, grid_every):
     return on_step
 
 
-def known(folder, config, args):
-    """The config of a run, of a folder of images, as its checkpoint has it: older ones do not say which images.
-
-    SystemExit if the checkpoint was trained on others than the folder has now.
-    """
-    if args.overwrite or "images" not in config or not (folder / "ckpt.pt").exists():
-        return config
-    before, now = run.load(folder)["config"].get("images"), config["images"]
-    if before and before != now:
-        raise SystemExit(f"{folder} was trained on {before['count']:,} images of a folder that now has "
-                         f"{now['count']:,}, or others - bring the old ones back, or train anew with another --out")
-    return config if before else {key: value for key, value in config.items() if key != "images"}
-
-
 def train(args, device):
     """Train all runs that the arguments of train.py ask for, one by one; in every process that torchrun started."""
     rank, world = run.processes(device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if args.t_density == "loss_aware" and world > 1:
+        raise SystemExit("--t-density loss_aware is for one process, each would draw other times - leave it out")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - "
                          "make it a multiple")
@@ -253,7 +253,7 @@ def train(args, device):
         more = {} if name in images.IMAGES else dict(images=images.facts(name))
         flip = name in images.FLIPPED if args.flip is None else args.flip
         runs += settings.configs(args, shape=shape, flip=flip, precision=precision, **more)
-    runs = [known(Path(args.out) / settings.name(config), config, args) for config in runs]
+    runs = [kind_images.known(Path(args.out) / settings.name(config), config, args) for config in runs]
     if rank == 0:                                          # before any is trained
         run.check(runs, args.out, args.resume, args.overwrite)
     limit = dict(minutes=args.minutes)                     # of the first run, then its number of steps

@@ -12,46 +12,20 @@ import sys
 import time
 
 import torch
-from torch.optim.adam import adam
 from tqdm import tqdm
 
 import checkpoints
 import kind_points
 import losses
+import optimum
 import progress
 import run
 import settings
 import stack
 import threads
+import variance as variances
+from adam import Adam
 from ddpm import SCHEDULES
-
-
-class Adam:
-    """torch.optim.Adam(parameters, lr, fused=True) to the bit. Building that imports torch's compiler: some seconds."""
-
-    def __init__(self, parameters, lr):
-        self.param_groups = [{"params": parameters, "lr": lr}]
-        self.state = [dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                      for p in parameters]
-
-    def zero_grad(self):
-        for p in self.param_groups[0]["params"]:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        steps, means, squares = ([moments[key] for moments in self.state] for key in ("step", "exp_avg", "exp_avg_sq"))
-        adam(group["params"], [p.grad for p in group["params"]], means, squares, [], steps, fused=True, amsgrad=False,
-             lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)
-
-    def state_dict(self):
-        return {"state": dict(enumerate(self.state)), "param_groups": self.param_groups}
-
-    def load_state_dict(self, state):
-        for i, moments in enumerate(self.state):
-            for key, value in moments.items():
-                value.copy_(state["state"][i][key])
 
 
 def build_optimizer(model, config):
@@ -64,25 +38,37 @@ def build_optimizer(model, config):
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 
-def build_step(model, optimizer, members):
-    """One step of Adam as a function: z, t, y, w of M * B rows -> their weighted errors (M * B,)."""
-    def step(z, t, y, w):
-        errors = losses.weighted_error(model(z, t), y, w)
+def build_step(model, optimizer, members, variance="small"):
+    """One step of Adam as a function: z, t, y, w of M * B rows -> weighted errors (M * B,), norms of gradients (M,).
+
+    columns: of `variance.columns`, where the bound is in the loss.
+    """
+    parameters = list(model.parameters())
+
+    def step(z, t, y, w, *columns):
+        prediction = model(z, t)
+        errors = (variances.loss(prediction, y, w, *columns, variance) if columns
+                  else losses.weighted_error(prediction, y, w))
         optimizer.zero_grad()
         errors.unflatten(0, (members, -1)).mean(1).sum().backward()    # members share nothing: a sum of separate losses
+        norms = torch.stack([torch.linalg.vector_norm(p.grad, dim=(1, 2)) for p in parameters]).square().sum(0).sqrt()
         optimizer.step()
-        return errors.detach()
+        return errors.detach(), norms
     return step
 
 
-def ready_step(model, optimizer, members, batch_size, dim=2):
-    """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do."""
-    step, device = build_step(model, optimizer, members), next(model.parameters()).device
+def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0):
+    """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do.
+
+    columns: how many it is given of `variance.columns`.
+    """
+    step, device = build_step(model, optimizer, members, variance), next(model.parameters()).device
     if device.type != "cuda":
         return threads.shared(step, device)
     rows = members * batch_size
     z, t = torch.zeros(rows, dim, device=device), torch.full((rows,), 0.5, device=device)
-    return stack.captured(step, model, optimizer, (z, t, z, t))
+    of_chain = [torch.ones(rows, columns, device=device)] if columns else []
+    return stack.captured(step, model, optimizer, (z, t, z, t, *of_chain))
 
 
 def epoch_steps(config):
@@ -93,43 +79,61 @@ def epoch_steps(config):
     return n // config["batch_size"]
 
 
-def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None):
+def has_bound(configs):
+    """Is the bound of a chain in the loss of one of a stack?"""
+    return any(config["loss"] in losses.OF_A_CHAIN for config in configs)
+
+
+def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, moments=None):
     """One pass of every network of a stack over its own data, a list of (n, D), in random order.
 
-    Every draw is a function of (seed, step), and members of one set and seed share it. step: `build_step`, perhaps
-    captured. Returns losses (steps, M) and the loss over t (M, 20), both of the networks as they were in training.
+    Every draw is a function of (seed, step), and members of one set and seed share it, but for times drawn with their
+    own moments, a list of `losses.draw_step`'s, which are moved. step: `build_step`, perhaps captured. Returns losses
+    (steps, M), the loss over t (M, 20) and norms of the gradient (steps, M), all of the networks as they were in
+    training.
     """
-    shared, device = configs[0], data[0].device
+    shared, device, chain = configs[0], data[0].device, losses.chain_of(configs[0])
     batch_size = shared["batch_size"]
     steps = len(data[0]) // batch_size     # leaves out the last, smaller batch: other points each epoch
-    draws = {}
-    for x, config in zip(data, configs):
-        key = seed, _ = config["seed"], config["data"]
-        if key not in draws:
+    draws, times = {}, []
+    for m, (x, config) in enumerate(zip(data, configs)):
+        seed = config["seed"]
+        times.append((seed, config["data"], m if moments else None))
+        if (key := times[-1]) not in draws:
             order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", epoch)).to(device)
             g = run.generator(device, seed, "noise", epoch)
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
-            t, importance = losses.draw_t(
-                (steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
+            t, importance = (
+                losses.draw_step((steps, batch_size), chain, moments[m] if moments else None, g) if chain else
+                losses.draw_t((steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"],
+                              config["t_density"], g))
             draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
     batches = []
-    for config in configs:
-        x, t, eps, importance = draws[config["seed"], config["data"]]
+    for key, config in zip(times, configs):
+        x, t, eps, importance = draws[key]
         z, y, w = losses.regression(x, t, eps, **losses.objective(config))
-        batches.append((z, t, y, w * importance, importance))
-    z, t, y, w, importance = (stack.interleave(c, batch_size) for c in zip(*batches))       # (steps, M * B, ...)
+        of_chain = [torch.cat([variances.columns(
+            t, chain, config["target"], config["loss"], config["stabiliser"], importance, config["vlb_weight"]),
+            *optimum.given(config, z, t)], 1)] if has_bound(configs) else []
+        batches.append((importance, z, t, y, w * importance, *of_chain))
+    importance, *inputs = (stack.interleave(c, batch_size) for c in zip(*batches))          # (steps, M * B, ...)
+    t = inputs[1]
 
-    errors = torch.empty_like(t)
+    errors, norms = torch.empty_like(t), t.new_empty(steps, len(configs))
     for i in range(steps):
         done = (epoch * steps + i) / (shared["epochs"] * steps)
         rate = shared["lr"] * 0.5 * (1 + math.cos(math.pi * done))
         group = optimizer.param_groups[0]
         group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
-        errors[i] = step(z[i], t[i], y[i], w[i])
+        errors[i], norms[i] = step(*(c[i] for c in inputs))
         on_step()
     errors, t, importance = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t, importance))
+    for m, before in enumerate(moments or []):             # of the whole epoch: 50 draws of each of 1000 steps
+        plain = (errors[m] / importance[m]).flatten()
+        before = plain.square().mean().expand(chain.steps) if before is None else before
+        moments[m] = losses.second_moments(before, chain.index(t[m].flatten()), plain, 1.0)
     over_t = losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"], importance=importance.flatten(1))
-    return errors.mean(2).T, over_t                                                         # errors (M, steps, batch)
+    return errors.mean(2).T, over_t, norms                                                  # errors (M, steps, batch)
 
 
 def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
@@ -149,11 +153,17 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     points = {(config["data"], config["seed"]): config for config in configs}
     points = {key: kind_points.load(config, "train").to(device) for key, config in points.items()}
     data = [points[config["data"], config["seed"]] for config in configs]
-    tests = [kind_points.test_batch(config) for config in configs]
-    optima = [kind_points.optimum(config, test[3]) for config, test in zip(configs, tests)]
+    tests = [optimum.test_batch(config) for config in configs]
+    terms = [optimum.test_terms(config, *test[:2]) for config, test in zip(configs, tests)]
+    optima = [optimum.optimum(config, test[3]) for config, test in zip(configs, tests)]
     *inputs, weights = zip(*tests)
     inputs = [stack.interleave(c, 625).to(device) for c in inputs]         # small batches: activations fit in the cache
     weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
+    of_chain = [] if terms[0] is None else [
+        stack.interleave(terms, 625).to(device),
+        torch.stack([optimum.share_of_bound(config) for config in configs]).to(device), shared["variance"]]
+    moments = ([state and state["moments"].to(device) for state in states] if shared["t_density"] == "loss_aware"
+               else None)
 
     def initial(config):
         torch.manual_seed(config["seed"])
@@ -166,26 +176,29 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     if states[0]:
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
                                    "param_groups": optimizer.state_dict()["param_groups"]})
-    step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared))
+    step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared),
+                      shared["variance"], terms[0].shape[1] if has_bound(configs) else 0)
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
     on_ready()
     for epoch in range(len(histories[0]), shared["epochs"]):
         start = time.perf_counter()
-        train_losses, over_t = train_epoch(step, optimizer, data, epoch, configs, on_step)
-        test_losses = kind_points.test(model, *inputs, weights)
+        train_losses, over_t, norms = train_epoch(step, optimizer, data, epoch, configs, on_step, moments)
+        test_losses = optimum.test(model, *inputs, weights, *of_chain)
         finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: it waits for CUDA
         for m in (~finite.all(0)).nonzero().flatten().tolist():
             diverged.setdefault(m, epoch * steps + finite[:-1, m].long().cumprod(0).sum().item())
         if len(diverged) == members:
             break
         train_losses, test_losses, over_t = train_losses.mean(0).tolist(), test_losses.tolist(), over_t.tolist()
+        norms = norms.cpu()
         seconds = time.perf_counter() - start
         for m, history in enumerate(histories):
             entry = dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=train_losses[m])
-            for key, value, best in zip(("loss", *kind_points.TESTS), test_losses[m], optima[m]):
+            for key, value, best in zip(("loss", *optimum.tests(shared)), test_losses[m], optima[m]):
                 entry[f"test_{key}"], entry["optimum" if key == "loss" else f"optimum_{key}"] = value, best
-            entry["train_loss_over_t"] = [float(f"{value:.5g}") for value in over_t[m]]
+            entry["train_loss_over_t"] = [float(f"{v:.5g}") if v == v else None for v in over_t[m]]     # no t there
+            entry["gradient_norms"] = [float(f"{value:.4g}") for value in norms[:, m]]
             entry["seconds"] = round((history[-1]["seconds"] if history else 0.0) + seconds / members, 3)
             history.append(entry)
 
@@ -197,7 +210,8 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
                 run.write(folder / "metrics.jsonl", checkpoints.lines(history))
                 run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m),
                                                   history=history,
-                                                  optimizer=stack.member(optimizer.state_dict()["state"], m)))
+                                                  optimizer=stack.member(optimizer.state_dict()["state"], m),
+                                                  **{"moments": moments[m].cpu()} if moments else {}))
             saved_at = time.perf_counter()
             saving = saved_at - start
         on_epoch(epoch + 1, *zip(*((train_losses[m], test_losses[m][0]) for m in range(members) if m not in diverged)))
@@ -267,12 +281,12 @@ def train(args, device):
         raise SystemExit("\n".join(failures))
 
     for folder, config, _ in runs:
-        last = (history := run.load(folder)["history"])[-1]
+        last, bound = (history := run.load(folder)["history"])[-1], optimum.tests(config)[1]
         if not (folder / "loss.png").exists():
             plots.loss_curve(history, config, folder / "loss.png")
         best = ("best possible unknown", "unknown") if last["optimum"] is None else (
-            f"best possible {last['optimum']:.4f}", f"{last['optimum_nelbo']:.3f}")
-        print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), "
-              f"NELBO {last['test_nelbo']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
+            f"best possible {last['optimum']:.4f}", f"{last[f'optimum_{bound}']:.3f}")
+        print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), {bound.upper()} "
+              f"{last[f'test_{bound}']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
     following = run.command("sample.py", "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", 512)
     print(f"{progress.seconds():.0f} s in all; next: {following}")

@@ -156,7 +156,8 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """model(z, t) -> prediction. z (B, image_channels, size, size), t (B,) in [0, 1]; returns z's shape.
+    """model(z, t) -> prediction. z (B, image_channels, size, size), t (B,) in [0, 1]; returns z's shape, or out
+    channels.
 
     attention: resolutions whose blocks attend; 16 means the block of 9 to 16 pixels, also for images of 28 x 28.
     skips: "layer" or "block", how much the way down hands over to the way up. dropout: probability with which a number
@@ -164,7 +165,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, image_channels=3, size=32, channels=128, channel_mult=(1, 2, 2, 2), layers=2, mid_blocks=1,
-                 attention=(16,), skips="layer", schedule=None, dropout=0.0):
+                 attention=(16,), skips="layer", schedule=None, dropout=0.0, out=None):
         super().__init__()
         every, embedding, kept = skips == "layer", 4 * channels, [channels]
         self.schedule = schedule
@@ -184,7 +185,7 @@ class UNet(nn.Module):
             self.up.append(Up(n, n_out, embedding, attends, dropout, layers + every, halves, taken))
             n = n_out
         self.every = every
-        self.output = nn.Sequential(norm(n), nn.SiLU(), zero(conv(n, image_channels)))
+        self.output = nn.Sequential(norm(n), nn.SiLU(), zero(conv(n, out or image_channels)))
 
     def forward(self, z, t):
         embedding = self.time(t)                                                            # (B, 4 * channels)

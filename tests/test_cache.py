@@ -10,9 +10,10 @@ import cache
 import checkpoints
 import kind_points
 import metrics
+import optimum
 from datasets2d import DATASETS, GaussianMixture
 
-HEAVY = kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors
+HEAVY = optimum.optimal_predictions, optimum.optimal_errors, kind_points.floors
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def asked():
         for owner, name in (GaussianMixture, "optimal_model"), (metrics, "floor"):
             original = getattr(owner, name)
             patch.setattr(owner, name, lambda *args, original=original, **kw: work.append(1) or original(*args, **kw))
-        return (kind_points.optimal_errors("rings", "v", "cosine", 1e-3, 0.0),
+        return (optimum.optimal_errors("rings", "v", "cosine", 1e-3, 0.0),
                 kind_points.floors("rings", 50, "null")), len(work)
 
 
@@ -59,7 +60,7 @@ def test_the_second_process_computes_nothing_and_has_the_same_bits(place):
 
 @pytest.mark.parametrize("owner, name, value", [
     (kind_points, "POINTS", 400), (kind_points, "DATASETS", {**DATASETS, "rings": DATASETS["clusters"]}),
-    (kind_points, "SCHEDULES", {"cosine": kind_points.SCHEDULES["linear"]}), (torch, "__version__", "3.0"),
+    (optimum, "SCHEDULES", {"cosine": kind_points.SCHEDULES["linear"]}), (torch, "__version__", "3.0"),
     (cache.threads, "MOST", 7)])
 def test_what_depends_on_something_else_is_computed(place, monkeypatch, owner, name, value):
     asked()

@@ -12,6 +12,7 @@ from test_ddpm import alpha_sigma, every_schedule
 from torch import distributions
 from torch.testing import assert_close
 
+import decoders
 import images
 import kind_images
 import kind_points
@@ -37,11 +38,11 @@ def test_the_prior_term_is_the_kl_of_two_gaussians(name, t_min):
     x = 2 * torch.randn(5, 3, dtype=F64)
     alpha, sigma = at(name, 1 - t_min)
     q, p = distributions.Normal(alpha * x, sigma), distributions.Normal(0, (alpha**2 + sigma**2).sqrt())
-    assert_close(likelihood.prior(x, SCHEDULES[name], t_min), distributions.kl_divergence(q, p).sum(1),
+    assert_close(decoders.prior(x, SCHEDULES[name], t_min), distributions.kl_divergence(q, p).sum(1),
                  rtol=1e-6, atol=1e-12)
-    assert_close(likelihood.prior(x.float(), SCHEDULES[name], t_min).double(),
-                 likelihood.prior(x, SCHEDULES[name], t_min), rtol=1e-5, atol=1e-7)
-    assert likelihood.prior(torch.zeros(4, 1, 5, 5), SCHEDULES[name]).shape == (4,)
+    assert_close(decoders.prior(x.float(), SCHEDULES[name], t_min).double(),
+                 decoders.prior(x, SCHEDULES[name], t_min), rtol=1e-5, atol=1e-7)
+    assert decoders.prior(torch.zeros(4, 1, 5, 5), SCHEDULES[name]).shape == (4,)
 
 
 @every_schedule
@@ -52,7 +53,7 @@ def test_the_reconstruction_of_points_is_a_gaussian_around_z_0_over_alpha(name):
     for eps, weight in zip(nodes, weights / weights.sum()):
         z = alpha * x + sigma * eps
         terms = terms - weight * distributions.Normal(z / alpha, sigma / alpha).log_prob(x).sum(1)
-    found = likelihood.gaussian(x, None, SCHEDULES[name].ends(0.02)[1])
+    found = decoders.reconstruction(x, None, SCHEDULES[name].ends(0.02)[1], decoders.gaussian)
     assert_close(found, terms, rtol=1e-8, atol=0)
 
 
@@ -62,10 +63,10 @@ LEVELS = torch.linspace(-1, 1, 256, dtype=F64)
 @pytest.mark.parametrize("std", [1e-4, 1.6e-3, 0.02, 0.5, 3.0])
 @pytest.mark.parametrize("mean", [-1.7, -1.0, -0.9991, -0.3, 0.0021, 0.7, 1.0, 1.2])
 def test_the_256_probabilities_sum_to_1(mean, std):
-    log_p = likelihood.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
+    log_p = decoders.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
     assert abs(log_p.exp().sum() - 1) < 1e-12 and log_p.isfinite().all()
-    assert_close(likelihood.log_prob_level(LEVELS.float(), torch.tensor(mean), 0.5).double(),
-                 likelihood.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), 0.5), rtol=1e-3, atol=1e-3)
+    assert_close(decoders.log_prob_level(LEVELS.float(), torch.tensor(mean), 0.5).double(),
+                 decoders.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), 0.5), rtol=1e-3, atol=1e-3)
 
 
 def test_the_probability_of_a_level_is_that_of_its_bin():
@@ -76,7 +77,7 @@ def test_the_probability_of_a_level_is_that_of_its_bin():
         p = np.where(lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper),
                      stats.norm.cdf(upper) - stats.norm.cdf(lower))
         kept = p > 1e-290
-        found = likelihood.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
+        found = decoders.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
         assert_close(found[1:-1][kept], torch.from_numpy(np.log(p[kept])), rtol=1e-9, atol=1e-9)
         assert_close(found[0].item(), stats.norm.logcdf((-1 + half - mean) / std), rtol=1e-9, atol=0)
         assert_close(found[-1].item(), stats.norm.logsf((1 - half - mean) / std), rtol=1e-9, atol=1e-12)
@@ -88,8 +89,9 @@ def test_the_reconstruction_of_images_sees_z_0(name):
         torch.randn(3, 1, 4, 4, generator=seed(1), dtype=F64)
     alpha, sigma = at(name, 0.001)
     z = alpha * x + sigma * eps
-    expected = -likelihood.log_prob_level(x, z / alpha, sigma / alpha).sum((1, 2, 3))
-    assert_close(likelihood.discretised(x, eps, SCHEDULES[name].ends(0.001)[1]), expected, rtol=1e-6, atol=1e-9)
+    expected = -decoders.log_prob_level(x, z / alpha, sigma / alpha).sum((1, 2, 3))
+    found = decoders.reconstruction(x, eps, SCHEDULES[name].ends(0.001)[1], decoders.discretised)
+    assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 @every_schedule
@@ -200,7 +202,7 @@ def test_the_terms_of_images_and_the_error():
     """Sums over all pixels, a mean over the draws, and the standard error of the draws."""
     x = LEVELS[torch.randint(256, (3, 2, 4, 4), generator=seed(0))]
     found = likelihood.bound(lambda z, t: 0 * z, x, target="eps", schedule=COSINE,
-                             reconstruction=likelihood.discretised, draws=4000, generator=seed(1))
+                             decoder=decoders.discretised, draws=4000, generator=seed(1))
     low, high = COSINE.ends(1e-3)
     assert_close(found["diffusion"], torch.full((3,), 32 * 0.5 * (high - low), dtype=F64), rtol=0.02, atol=0)
     spread = 0.5 * (high - low) * 64**0.5                                  # of the sum of 32 squared normals
@@ -394,7 +396,7 @@ def test_images_have_bits_per_dimension_and_a_dequantised_density(image_run, cap
     x = every[torch.randperm(len(every), generator=run.generator("cpu", "likelihood"))[:4]]
     assert (result["n"], result["n_exact"], result["dimensions"], result["evaluations"]) == (4, 2, 192, 16)
     g, options = run.generator("cpu", 0, "likelihood"), dict(target="eps", schedule=COSINE)
-    terms = likelihood.bound(model, x, draws=3, reconstruction=likelihood.discretised, generator=g, **options)
+    terms = likelihood.bound(model, x, draws=3, decoder=decoders.discretised, generator=g, **options)
     total = terms["prior"] + terms["reconstruction"] + terms["diffusion"]
     assert result["bound"][0] == pytest.approx(total.mean().item(), rel=1e-4)
     assert f"{result['bound'][0] / (192 * math.log(2)):.4f}" in out
@@ -415,15 +417,15 @@ def test_several_runs_their_defaults_and_another_folder(trained, image_run, tmp_
     split), 16, 1 probe."""
     calls, original = [], likelihood.evaluate
     monkeypatch.setattr(likelihood, "evaluate", lambda model, x, config, *args: calls.append((x, args)) or original(
-        model, x[:4], config, 2, None, "logsnr", 2, 2, None, *args[6:]))
+        model, x[:4], config, 2, None, None, "logsnr", 2, 2, None, *args[7:]))
     again = tmp_path / "again"
     shutil.copytree(trained, again)
     likelihood.main(["--ckpt", str(trained), str(again), "--out", str(tmp_path), "--device", "cpu"])
     likelihood.main(["--ckpt", str(image_run[0]), "--out", str(tmp_path / "images"), "--device", "cpu"])
     (points, of_points), _, (images_, of_images) = calls
     assert points.shape == (10_000, 2) and points.dtype == F64 and images_.shape == (4, 3, 8, 8)
-    assert of_points[:8] == (100, None, "logsnr", None, 64, None, None, None) and of_points[8] == 5000
-    assert of_images[:8] == (16, None, "logsnr", 16, 64, None, 1, None) and of_images[8] == 50
+    assert of_points[:9] == (100, None, None, "logsnr", None, 64, None, None, None) and of_points[9] == 5000
+    assert of_images[:9] == (16, None, None, "logsnr", 16, 64, None, 1, None) and of_images[9] == 50
     results = [json.loads((tmp_path / name / "likelihood.json").read_text())
                for name in (trained.name, "again", "images")]
     assert [(r["draws"], r["probes"], r["dimensions"]) for r in results] == [(100, None, 2)] * 2 + [(16, 1, 192)]
@@ -478,7 +480,7 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
 def test_a_flow_that_explodes_and_a_missing_run_are_one_sentence(trained, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no checkpoint at .* train one first"):
         likelihood.main(["--ckpt", str(tmp_path)])
-    monkeypatch.setattr(run.Run, "model", lambda self, device: Cube())
+    monkeypatch.setattr(run.Run, "model", lambda self, device, out: Cube())
     with pytest.raises(SystemExit, match="cannot be integrated .* larger, or leave it out|not finite"):
         likelihood.main(["--ckpt", str(trained), "--num", "5", "--draws", "2", "--tolerance", "1e-6",
                          "--device", "cpu"])
@@ -502,11 +504,11 @@ def test_the_discrete_bound_draws_i_stratified_and_its_reconstruction_has_noise_
         noise.append(z / torch.sin(math.pi / 2 * t)[:, None])
         return z
 
-    def reconstruction(x, eps, logsnr):
-        noise_of_0.append(eps)
-        return eps[:, 0]
+    def decoder(x, mean, log_var):
+        noise_of_0.append((mean - x) * torch.exp(-0.5 * log_var))
+        return noise_of_0[-1]
     for steps in 50, None:
-        likelihood.bound(model, x, steps=steps, reconstruction=reconstruction, **options)
+        likelihood.bound(model, x, steps=steps, decoder=decoder, **options)
     assert [sorted(i.tolist()) for i in seen] == 3 * [[*range(1, 51)]]
     of_t, of_0 = torch.cat(noise).flatten(), torch.cat(noise_of_0).flatten()
     assert len(of_t) == len(of_0) == 600 and abs(of_t.std() - 1) < 0.1 and abs(of_0.std() - 1) < 0.1
@@ -555,8 +557,8 @@ def test_on_mps_which_has_no_log_ndtr_it_is_computed_on_the_cpu_and_comes_back(m
     places, back, original = [], [], torch.special.log_ndtr
     monkeypatch.setattr(torch.special, "log_ndtr", lambda x: places.append(x.device.type) or original(x))
     x, mean = torch.linspace(-1, 1, 256), torch.tensor(0.1)
-    expected = likelihood.log_prob_level(x, mean, 0.2)
-    result = likelihood.log_prob_level(x.as_subclass(Mps), mean, 0.2)
+    expected = decoders.log_prob_level(x, mean, 0.2)
+    result = decoders.log_prob_level(x.as_subclass(Mps), mean, 0.2)
     assert places == 6 * ["cpu"] and back == 3 * ["mps"] and torch.equal(result.as_subclass(torch.Tensor), expected)
 
 

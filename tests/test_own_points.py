@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import kind_points
 import likelihood
 import metrics
+import optimum
 import own_points
 import run
 import sample
@@ -103,7 +104,7 @@ def test_a_run_keeps_the_statistics_says_that_no_optimum_is_known_and_opens(trai
     assert one.history[0]["step"] == 540 // 256 and (one.folder / "loss.png").exists()
     z = torch.randn(4, 3)
     assert one.model()(z, torch.full((4,), 0.5)).shape == (4, 3)
-    z, t, y, weights = kind_points.test_batch(one.config)                # 60 test points, each with many t and noises
+    z, t, y, weights = optimum.test_batch(one.config)                # 60 test points, each with many t and noises
     assert len(z) == kind_points.POINTS and y.shape == z.shape
     a, b = one.schedule.alpha(t)[:, None], one.schedule.sigma(t)[:, None]
     x = (a * z - b * y)[:180].unflatten(0, (3, 60))                                                         # v: (3.58)

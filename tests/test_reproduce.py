@@ -15,6 +15,7 @@ import kind_points
 import likelihood
 import losses
 import metrics
+import optimum
 import plots
 import reproduce
 import reproduce_beyond
@@ -40,7 +41,7 @@ FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "
 def study(tmp_path_factory):
     """`all` with two seeds, two epochs of a narrow network on 5,000 points, 2 and 16 steps -> (folder, drawn, call)."""
     folder, drawn, patch = tmp_path_factory.mktemp("study"), {}, pytest.MonkeyPatch()
-    caches = kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors, study_file.nelbo_points
+    caches = optimum.optimal_predictions, optimum.optimal_errors, kind_points.floors, study_file.nelbo_points
     clear = lambda: [cache.cache_clear() for cache in caches]        # they hold datasets of another size
     clear()
     patch.setattr(kind_points, "POINTS", 5000)
@@ -458,22 +459,22 @@ def test_what_the_loss_figures_show(study):
                             (stable, "test_loss", "nelbo_stable")):
         for data, target in reproduce_thesis.THESIS:
             histories = [history(folder, loss, data, target, seed) for seed in range(2)]
-            values, optimum = rows[data][target]
+            values, least = rows[data][target]
             assert values.tolist() == [[h[key] for h in one] for one in histories]
-            assert optimum == histories[0][0][key.replace("test", "optimum") if key != "test_loss" else "optimum"]
-            assert (values > optimum).all()
+            assert least == histories[0][0][key.replace("test", "optimum") if key != "test_loss" else "optimum"]
+            assert (values > least).all()
     excess, = drawn["nelbo"][0].values()
-    values, optimum = excess["waves"]["s"]
+    values, least = excess["waves"]["s"]
     made = [json.loads(line) for line in
             (folder / "runs/logsnr-2-epochs/waves-s-nelbo-s1/metrics.jsonl").read_text().splitlines()]
-    assert optimum is None and values[1].tolist() == pytest.approx([h["test_nelbo"] - h["optimum_nelbo"] for h in made])
+    assert least is None and values[1].tolist() == pytest.approx([h["test_nelbo"] - h["optimum_nelbo"] for h in made])
     panels = drawn["appendix2"][0]
     for target in study_file.TARGETS:
         (first, _, values, best), *_, last = panels[target]
         assert (first, last[0]) == ("epoch 1", "epoch 2")
         assert values.tolist() == torch.tensor([
             history(folder, "mse", "swiss_roll", target, seed)[0]["train_loss_over_t"] for seed in range(2)]).tolist()
-        errors = kind_points.optimal_errors("swiss_roll", target, "cosine", 1e-6, 0.01)
+        errors = optimum.optimal_errors("swiss_roll", target, "cosine", 1e-6, 0.01)
         assert abs(best.mean() / errors.mean() - 1) < 0.01           # bins of equal size
 
 
@@ -484,9 +485,9 @@ def test_what_the_variance_figure_shows(study):
     state = run.load(folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1")
     model = kind_points.build_model(state["config"])
     model.load_state_dict(state["model"])
-    z, t, y, _ = kind_points.test_batch(state["config"])
+    z, t, y, _ = optimum.test_batch(state["config"])
     for errors, curve in ((model(z, t) - y).square().mean(1).detach(), values[1]), \
-            (kind_points.optimal_errors("waves", "v", "cosine", 1e-6, 0.01), best):
+            (optimum.optimal_errors("waves", "v", "cosine", 1e-6, 0.01), best):
         inside = (t > 0.55) & (t < 0.6)
         assert_close(curve[11], errors[inside].var(correction=0), rtol=0.02, atol=0)
 
@@ -560,8 +561,8 @@ def test_the_exact_nelbo_is_the_loss_with_t_uniform(monkeypatch):
 def test_nothing_lies_below_the_optimum_by_more_than_its_monte_carlo_error(target, loss):
     """The exact denoiser against itself, pushed a little in any direction: every push costs."""
     config = dict(data="waves", target=target, loss=loss, schedule="cosine", t_min=1e-3, stabiliser=0.01)
-    z, t, y, weights = kind_points.test_batch(config)
-    best = kind_points.optimal_errors("waves", target, "cosine", 1e-3, 0.01)
+    z, t, y, weights = optimum.test_batch(config)
+    best = optimum.optimal_errors("waves", target, "cosine", 1e-3, 0.01)
     exact = DATASETS["waves"].optimal_model(target, COSINE, 0.01)(z, t)
     torch.manual_seed(0)
     for push in 0.05 * exact, -0.05 * exact, 0.1 * z, 0.1 * MLP(width=32)(z, t).detach(), 0.1 * torch.sin(5 * z):
@@ -569,7 +570,7 @@ def test_nothing_lies_below_the_optimum_by_more_than_its_monte_carlo_error(targe
         error = excess.std(0) / len(t)**0.5
         cost = (push.square().mean(1)[:, None] * weights).mean(0)    # the exact denoiser's errors are orthogonal to it
         assert (excess.mean(0) > -3 * error).all() and ((excess.mean(0) - cost).abs() < 4 * error).all()
-    assert_close(torch.tensor(kind_points.optimum(config, weights)), (best[:, None] * weights).mean(0))
+    assert_close(torch.tensor(optimum.optimum(config, weights)), (best[:, None] * weights).mean(0))
 
 
 def test_quick_and_other_settings_do_not_touch_the_results(monkeypatch):

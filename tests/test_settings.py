@@ -83,12 +83,12 @@ def test_a_config_has_the_settings_that_change_a_run():
     """Of points all; of images not how long it is trained, how often it is tested, where the data are."""
     points, = settings.configs(train.parse([]))
     assert points.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
-                             "batch_size", "lr", "width"}
+                             "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight"}
     images, = settings.configs(train.parse(["--data", "cifar10"]), shape=[3, 32, 32], flip=True, precision="bf16")
     assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                              "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",
                              "shape", "flip", "precision", "channels", "channel_mult", "layers", "mid_blocks",
-                             "attention", "skips", "dropout"}
+                             "attention", "skips", "dropout", "timesteps", "variance", "vlb_weight"}
     args = train.parse(["--data", "cifar10", "--epochs", "7", "--minutes", "3", "--test-every", "5"])
     longer, = settings.configs(args, shape=[3, 32, 32], flip=True, precision="bf16")
     assert longer == images and settings.kind(images) == "images" and settings.kind(points) == "points"

@@ -75,9 +75,9 @@ def test_predictions_and_steps_of_plain_gradient_descent_are_the_same_bits(width
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         return train_points.train_epoch(train_points.build_step(model, optimizer, len(configs)), optimizer, data, 0,
                                         configs)
-    values, over_t = epoch(together, names, data)
+    values, over_t, _ = epoch(together, names, data)
     for m, (model, config) in enumerate(zip(alone, names)):
-        value, t = epoch(model, [config], [data[m]])
+        value, t, _ = epoch(model, [config], [data[m]])
         assert_close(value[:, 0], values[:, m]), assert_close(t[0], over_t[m])
         parts = stack.member(together.state_dict(), m)
         assert all(torch.equal(p, parts[key]) for key, p in model.state_dict().items())
@@ -122,9 +122,9 @@ def test_a_diverging_member_is_named_when_the_others_are_done(tmp_path, monkeypa
     original = train_points.train_epoch
 
     def diverge(*arguments):
-        values, over_t = original(*arguments)
+        values, *rest = original(*arguments)
         values[7, 1:] = float("nan")       # of the second member, if there is one
-        return values, over_t
+        return values, *rest
     monkeypatch.setattr(train_points, "train_epoch", diverge)
     with pytest.raises(SystemExit, match="rings-x-mse-s0: the loss is not finite from step 7 on "
                                          ".* 0 finished epochs") as stop:
@@ -205,7 +205,8 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
 
     class Graph:
         def replay(self):
-            calls[-1][1].copy_(original(*calls[-1][0]))
+            for kept, new in zip(calls[-1][1], original(*calls[-1][0])):
+                kept.copy_(new)
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
@@ -225,7 +226,7 @@ def test_capturing_leaves_model_and_optimizer_as_they_were(monkeypatch, fresh):
         if capture:
             step = stack.captured(lambda *c, original=original: calls.append((c, original(*c))) or calls[-1][1],
                                   model, optimizer, batches[0])
-        losses = [step(*batch).clone() for batch in batches]
+        losses = [c.clone() for batch in batches for c in step(*batch)]
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert len(calls) == 4                                           # three to warm up, one to capture
     assert all(torch.equal(c, kept) for c, kept in zip(batches[0], first))

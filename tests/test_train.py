@@ -15,6 +15,7 @@ import torch
 
 import kind_points
 import losses
+import optimum
 import run
 import settings
 import train
@@ -118,8 +119,8 @@ def test_an_epoch_is_the_loop_written_by_hand(drawn):
     model = kind_points.build_model(config)
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step_losses, over_t = train_points.train_epoch(train_points.build_step(model, optimizer, 1), optimizer, [data], 1,
-                                                   [config])
+    step_losses, over_t, norms = train_points.train_epoch(train_points.build_step(model, optimizer, 1), optimizer,
+                                                          [data], 1, [config])
     (x, t, eps), expected, errors = drawn[0], [], []
     assert len(x) == 20_000 and t.min() >= 0.05 and t.max() <= 0.95
     for i in range(4):
@@ -155,7 +156,7 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
         assert abs(state["history"][0][key] / value - 1) < 1e-4
     grad = []
     batches = torch.ones(10, 4, 2)
-    kind_points.test(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches,
+    optimum.test(lambda z, t: grad.append(torch.is_grad_enabled()) or z, batches, batches[..., 0], batches,
                      torch.ones(2, 20, 3))
     assert grad == 10 * [False]
 
@@ -165,7 +166,7 @@ def test_evaluation_is_the_loss_of_every_point_and_keeps_no_graph(tmp_path, draw
 def test_every_run_is_judged_by_the_exact_losses_on_one_range_of_t(t_min, low, schedule):
     """Their mean over the test points whose t is in the range, whatever range the run is trained on."""
     config = dict(data="rings", target="s", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.01)
-    z, t, y, weights = kind_points.test_batch(config)
+    z, t, y, weights = optimum.test_batch(config)
     errors, inside = (z - y).double().square().mean(1), (t >= low) & (t <= 1 - low)
     assert bool((~inside).any()) == (t_min < low) and (weights[:, 0] == 1).all()
     for k, judge in (1, "rescaled"), (2, "nelbo"):
@@ -183,7 +184,8 @@ def test_configs_are_all_combinations_each_once():
 def test_defaults_are_the_documented_ones():
     args = vars(train.parse([]))
     shared = dict(target=["eps"], loss=["mse"], schedule="cosine", t_min=1e-3, t_density="uniform", stabiliser=0.0,
-                  seed=0, seeds=1, device="auto", stack=None, out="runs", resume=False, overwrite=False)
+                  seed=0, seeds=1, device="auto", stack=None, out="runs", resume=False, overwrite=False,
+                  timesteps=None, variance="small", vlb_weight=1e-3)
     images = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None,
                   channel_mult=None, layers=None, mid_blocks=None, attention=None, precision="auto", ema=0.9999,
                   warmup=1000, clip_norm=1.0, minutes=math.inf, test_every=2000, grid_every=10_000, compile=None,
@@ -203,14 +205,16 @@ def test_defaults_are_the_documented_ones():
 def test_history_says_what_happened(tmp_path, monkeypatch):
     original = train_points.train_epoch
     monkeypatch.setattr(train_points, "train_epoch",
-                        lambda *args, **kw: original(*args, **kw) and (torch.tensor([[1.0], [3.0]]), torch.ones(1, 20)))
+                        lambda *args, **kw: original(*args, **kw) and (torch.tensor([[1.0], [3.0]]), torch.ones(1, 20),
+                                                                    torch.tensor([[0.5], [0.25]])))
     fit(tmp_path, "--epochs", "1")
     folder = tmp_path / "clusters-eps-mse-s0"
     assert run.load(folder)["history"][0]["train_loss"] == 2
+    assert run.load(folder)["history"][0]["gradient_norms"] == [0.5, 0.25]
     nan = torch.tensor([[1.0], [1.0], [float("nan")], [1.0]])
     epochs = []
     monkeypatch.setattr(train_points, "train_epoch",
-                        lambda *args, **kw: epochs.append(args[3]) or (nan, torch.ones(1, 20)))
+                        lambda *args, **kw: epochs.append(args[3]) or (nan, torch.ones(1, 20), torch.ones(4, 1)))
     for file in "samples.npy", "samples.png", "metrics.json":
         (folder / file).write_text("of the old run")
     with pytest.raises(SystemExit, match="from step 2 on"):
@@ -218,11 +222,11 @@ def test_history_says_what_happened(tmp_path, monkeypatch):
     assert epochs == [0]                                              # and stops there
     assert [p.name for p in folder.iterdir()] == ["config.json"]      # --overwrite removed the old run
     monkeypatch.undo()
-    original = kind_points.test
-    monkeypatch.setattr(kind_points, "test", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
+    original = optimum.test
+    monkeypatch.setattr(optimum, "test", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
     with pytest.raises(SystemExit, match="not finite from step 10 on"):
         fit(tmp_path)
-    monkeypatch.setattr(kind_points, "test", original)
+    monkeypatch.setattr(optimum, "test", original)
 
 
 def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
@@ -230,7 +234,7 @@ def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     folder = tmp_path / "a" / "clusters-eps-mse-s0"
     state = run.load(folder)
     assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
-                                      "epochs", "batch_size", "lr", "width"}
+                                      "epochs", "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt
@@ -443,7 +447,7 @@ def test_with_log_snr_uniform_a_step_goes_down_the_gradient_of_the_loss_times_th
     by_hand, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=1.0)
     data = DATASETS["clusters"].sample(5000, torch.Generator().manual_seed(0))
     step = train_points.build_step(model, optimizer, 1)
-    step_losses, _ = train_points.train_epoch(step, optimizer, [data], 0, [config])
+    step_losses, *_ = train_points.train_epoch(step, optimizer, [data], 0, [config])
     (x, t, eps), = drawn
     unweighted = losses.loss(by_hand, x, t, eps, target="v", loss="nelbo", schedule=SCHEDULES[name])
     values = unweighted * importance_of(t, 0.02, name)
@@ -461,7 +465,7 @@ def test_the_loss_over_t_is_that_of_t_uniform_whatever_the_density_in_training(d
     model, data = kind_points.build_model(config), kind_points.load(config, "train")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     step = train_points.build_step(model, optimizer, 1)
-    _, over_t = train_points.train_epoch(step, optimizer, [data], 0, [config])
+    _, over_t, _ = train_points.train_epoch(step, optimizer, [data], 0, [config])
     k = lambda t: ((t - 0.001) / 0.998 * 20).long().clamp(0, 19)
     t, eps = losses.sample_t((50_000,), generator=torch.Generator().manual_seed(1)), torch.randn(50_000, 2)
     importance = importance_of(drawn[0][1], 0.001)

@@ -387,7 +387,7 @@ def test_no_minutes_are_one_step(folder, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
     argv = command(folder, tmp_path, "--epochs", "2", "--test-every", "3")
     original = train_images.batch
-    nan = lambda data, step, config: [c * float("nan") if step == 4 else c for c in original(data, step, config)]
+    nan = lambda data, step, *rest: [c * float("nan") if step == 4 else c for c in original(data, step, *rest)]
     monkeypatch.setattr(train_images, "batch", nan)
     with pytest.raises(SystemExit, match="not finite at step 4 "):
         train.main(argv)

@@ -9,6 +9,7 @@ import torch
 
 import kind_points
 import likelihood
+import optimum
 import progress
 import run
 import samplers
@@ -31,11 +32,11 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(kind_points, "POINTS", 1250)
-    for function in kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors:
+    for function in optimum.optimal_predictions, optimum.optimal_errors, kind_points.floors:
         function.cache_clear()
-    monkeypatch.setattr(kind_points, "optimum", clock.takes(40, kind_points.optimum))
+    monkeypatch.setattr(optimum, "optimum", clock.takes(40, optimum.optimum))
     yield clock
-    for function in kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors:
+    for function in optimum.optimal_predictions, optimum.optimal_errors, kind_points.floors:
         function.cache_clear()
 
 
@@ -74,7 +75,7 @@ def test_several_runs_say_mean_and_range_of_their_losses(clock, capsys):
 def test_a_member_that_diverged_is_not_in_the_losses_that_are_shown(clock, capsys, monkeypatch):
     losses = torch.tensor([[1.0, float("nan"), 4.0]])
     original = train_points.train_epoch
-    monkeypatch.setattr(train_points, "train_epoch", lambda *args: (losses, original(*args)[1]))
+    monkeypatch.setattr(train_points, "train_epoch", lambda *args: (losses, *original(*args)[1:]))
     with pytest.raises(SystemExit, match="not finite"):
         train.main([*WORDS, "1", "--target", "x", "v", "eps"])
     assert "train 2.5000 (1.0000 to 4.0000)  test" in capsys.readouterr().out
@@ -117,11 +118,11 @@ def test_optimum_and_floor_are_announced(monkeypatch, capsys, tmp_path):
     original = progress.announced
     monkeypatch.setattr(progress, "announced", lambda line: said.append(line) or original(line))
     for _ in range(2):
-        for function in kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors:
+        for function in optimum.optimal_predictions, optimum.optimal_errors, kind_points.floors:
             function.cache_clear()
-        kind_points.optimal_errors("rings", "v", "cosine", 1e-3, 0.0)
+        optimum.optimal_errors("rings", "v", "cosine", 1e-3, 0.0)
         kind_points.floors("rings", 2000, "null")
-    for function in kind_points.optimal_predictions, kind_points.optimal_errors, kind_points.floors:
+    for function in optimum.optimal_predictions, optimum.optimal_errors, kind_points.floors:
         function.cache_clear()
     assert said == ["computing the optimum of rings", "computing the floor of 2,000 samples of rings"]
 
@@ -130,7 +131,7 @@ def test_the_flow_of_a_likelihood_says_how_long_it_takes(clock, capsys, monkeypa
     """Within a batch, from its evaluations; the draws of the bound do not count."""
     train.main([*WORDS, "1"])
     network = run.Run.model
-    monkeypatch.setattr(run.Run, "model", lambda self, device: Slow(clock, network(self, device)))
+    monkeypatch.setattr(run.Run, "model", lambda self, device, out: Slow(clock, network(self, device)))
     capsys.readouterr()
     likelihood.main("--num 20 --batch-size 10 --draws 2 --ode-steps 5".split())
     lines = capsys.readouterr().err.splitlines()

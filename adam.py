@@ -1,0 +1,34 @@
+"""Adam on a CPU, as torch has it, without the seconds that building torch's own takes.
+
+Not here: where it is used (`train_points.py`).
+"""
+import torch
+from torch.optim.adam import adam
+
+
+class Adam:
+    """torch.optim.Adam(parameters, lr, fused=True) to the bit. Building that imports torch's compiler: some seconds."""
+
+    def __init__(self, parameters, lr):
+        self.param_groups = [{"params": parameters, "lr": lr}]
+        self.state = [dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                      for p in parameters]
+
+    def zero_grad(self):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        steps, means, squares = ([moments[key] for moments in self.state] for key in ("step", "exp_avg", "exp_avg_sq"))
+        adam(group["params"], [p.grad for p in group["params"]], means, squares, [], steps, fused=True, amsgrad=False,
+             lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)
+
+    def state_dict(self):
+        return {"state": dict(enumerate(self.state)), "param_groups": self.param_groups}
+
+    def load_state_dict(self, state):
+        for i, moments in enumerate(self.state):
+            for key, value in moments.items():
+                value.copy_(state["state"][i][key])

@@ -1,0 +1,146 @@
+"""What a run on points is tested with, and the best that any network could do there: the exact denoiser's losses.
+
+Read `losses.py`, `variance.py` and `kind_points.py` first. Test points, their times and noise are fixed: the same for
+every seed, target and loss.
+
+Not here: samples and their floor (`metrics.py`), likelihoods and the entropy (`likelihood.py`).
+"""
+import functools
+
+import torch
+
+import cache
+import kind_points
+import losses
+import run
+import targets
+import variance as variances
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+
+TESTS = "rescaled", "nelbo"       # also measured at every epoch: the same two for every run, whatever it is trained on
+OF_A_CHAIN = "mean_mse", "vlb"    # of a run on a chain in place of them
+TESTED_T_MIN = 1e-3               # their range of t, unless training has a smaller one
+
+
+def test_batch(config):
+    """The test points of a run, their t and noise fixed: z (n, D), t (n,), y (n, D), weights (n, 3), n = POINTS.
+
+    If there are fewer they are repeated. t is uniform, whatever density training has. The means of weights times
+    squared error are the run's own test loss, on its own range of t, and then the exact losses TESTS on t_min = 1e-3:
+    points outside of that range have weight 0 there, and those inside a little more. Of a chain, at its own times, they
+    are the error of the posterior mean and nothing: the bound is no weighted error, see `test`.
+    """
+    x, g, chain = kind_points.load(config), run.generator("cpu", "test noise"), losses.chain_of(config)
+    x = x.repeat(-(-kind_points.POINTS // len(x)), 1)[:kind_points.POINTS]
+    t = (losses.draw_step((kind_points.POINTS,), chain, generator=g)[0] if chain
+         else losses.sample_t((kind_points.POINTS,), config["t_min"], g))
+    eps = torch.randn(x.shape, generator=g)
+    z, y, w = losses.regression(x, t, eps, **losses.objective(config))
+    if chain:
+        factor = variances.error_factor(chain.step(chain.index(t), t), config["target"], t, chain.schedule,
+                                        config["stabiliser"])
+        return z, t, y, torch.stack([w, factor**2, torch.zeros_like(w)], 1)
+    t_min = max(config["t_min"], TESTED_T_MIN)
+    inside = ((t >= t_min) & (t <= 1 - t_min)).float()
+    tests = [inside / inside.mean() * losses.weight(name, config["target"], t, SCHEDULES[config["schedule"]],
+                                                    config["stabiliser"])
+             for name in TESTS]
+    return z, t, y, torch.stack([w, *tests], 1)
+
+
+def test_terms(config, z, t):
+    """`variance.columns` of the test points of a run on a chain, for the bound alone; None of another run."""
+    chain = losses.chain_of(config)
+    return chain and torch.cat([variances.columns(t, chain, config["target"], "vlb", config["stabiliser"]),
+                                *given(config, z, t)], 1)
+
+
+def given(config, z, t):
+    """What `variance.loss` is given for the variance `best` besides columns: [Var[x | z]]; else []."""
+    if config["variance"] != "best":
+        return []
+    schedule = SCHEDULES[config["schedule"]]
+    return [kind_points.dataset(config).covariance(z, schedule.alpha(t), schedule.sigma(t))]
+
+
+def tests(config):
+    """What a run is tested with besides its loss: the two losses TESTS, of a chain the mean's error and the bound."""
+    return OF_A_CHAIN if config["timesteps"] else TESTS
+
+
+def share_of_bound(config):
+    """How much of the bound is in the three tests of a run on a chain: (3,)."""
+    return torch.tensor([{"vlb": 1.0, "hybrid": config["vlb_weight"]}.get(config["loss"], 0.0), 0.0, 1.0])
+
+
+@functools.cache
+def optimal_predictions(data, schedule, t_min, timesteps=None):
+    """x_hat and eps_hat of the exact denoiser at a run's test points, (POINTS, 2) each: made once for all targets.
+
+    Of a chain also Var[x | z].
+    """
+    z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0,
+                               timesteps=timesteps))
+    mixture, schedule = DATASETS[data], SCHEDULES[schedule]
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return cache.kept(lambda: [mixture.optimal_model(target, schedule)(z, t) for target in ("x", "eps")]
+                      + ([mixture.covariance(z, alpha, sigma)] if timesteps else []),
+                      f"optimum of {data}", *vars(mixture).values(), z, t, alpha, sigma, *[timesteps][:bool(timesteps)])
+
+
+@functools.cache
+def optimal_errors(data, target, schedule, t_min, stabiliser, timesteps=None):
+    """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
+    config = dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser,
+                  timesteps=timesteps)
+    _, t, y, _ = test_batch(config)
+    alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
+    step = losses.step_of(losses.chain_of(config), t[:, None])
+    a, b = targets.coefficients(target, alpha, sigma, stabiliser, step)
+    x_hat, eps_hat, *_ = optimal_predictions(data, schedule, t_min, timesteps)
+    return losses.weighted_error(a * x_hat + b * eps_hat, y, torch.ones_like(t))
+
+
+def optimum(config, weights):
+    """The three losses of `test_batch` for the exact denoiser, the best there can be; None of points of a file.
+
+    Of a learned variance the bound has the best one, q + B^2 Var[x | z].
+    """
+    if "points" in config:
+        return [None] * weights.shape[1]
+    of = [config.get(key) for key in ("data", "target", "schedule", "t_min", "stabiliser", "timesteps")]
+    found = (weights * optimal_errors(*of)[:, None]).mean(0)
+    if config.get("timesteps"):
+        variance = "best" if config["variance"] in variances.LEARNED else config["variance"]
+        found += optimal_bound(of[0], of[2], of[3], of[5], variance) * share_of_bound(config)
+    return found.tolist()
+
+
+@functools.cache
+def optimal_bound(data, schedule, t_min, timesteps, variance):
+    """The bound without the prior, in nats per dimension, of the exact denoiser at the test points of a run."""
+    config = dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0,
+                  timesteps=timesteps, variance="small")
+    z, t, x, _ = test_batch(config)
+    x_hat, _, covariance = optimal_predictions(data, schedule, t_min, timesteps)
+    columns = torch.cat([test_terms(config, z, t), covariance], 1)
+    return variances.loss(*(c.double() for c in (x_hat, x, 0 * t, columns)), variance).mean()
+
+
+@torch.no_grad()
+def test(model, z, t, y, weights, terms=None, shares=None, variance="small"):
+    """Mean of weights times squared error for every network of a stack: weights (M, n, 3) -> (M, 3).
+
+    z, t, y: batches from `stack.interleave` that together have all n points of every member. terms, of a chain: batches
+    of `test_terms`; shares (M, 3): how much of the bound there is in each mean.
+    """
+    errors = [[], []]
+    for i in range(len(t)):
+        prediction = model(z[i], t[i])
+        errors[0].append(losses.weighted_error(variances.split(prediction, y[i])[0], y[i], torch.ones_like(t[i])))
+        if terms is not None:
+            errors[1].append(variances.loss(prediction, y[i], torch.zeros_like(t[i]), terms[i], variance))
+    by_member = lambda c: torch.stack(c).unflatten(1, (len(weights), -1)).transpose(0, 1).flatten(1)       # (M, n)
+    found = (weights * by_member(errors[0])[..., None]).mean(1)
+    return found if terms is None else found + shares * by_member(errors[1]).mean(1, keepdim=True)
