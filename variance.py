@@ -37,7 +37,7 @@ def kl(mean_q, log_var_q, mean_p, log_var_p):
     return 0.5 * (torch.expm1(ratio) - ratio + (mean_q - mean_p)**2 * torch.exp(-log_var_p))
 
 
-LEAST = 1e-9           # of `direct`, as in Foundations' code
+LEAST = 1e-9           # of `direct`, as in Foundations' code; `direct` and `log` start at v = 1, out = 0
 
 
 def interpolated(out, step):
@@ -50,7 +50,7 @@ def interpolated(out, step):
 VARIANCES = {
     "small":  lambda out, step: step.log_small,            # q, "beta tilde": the thesis's, Eq. (3.12)
     "large":  lambda out, step: step.log_large,            # beta: Foundations 6.2
-    "direct": lambda out, step: out.clamp(min=LEAST).log(),           # Foundations 4.1
+    "direct": lambda out, step: (1 + out).clamp(min=LEAST).log(),     # Foundations 4.1
     "log":    lambda out, step: out,                                  # Foundations 4.3
     "range":  interpolated,
     "best":   lambda out, step: torch.logaddexp(step.log_q, 2 * step.B.log() + out.log()),
