@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
 
 DPI = 120
 SAMPLER_COLOURS = ["black", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255"]      # Tol's, none of a target
-COLOURS = {"x": "#0072B2", "eps": "#D55E00", "v": "#009E73", "s": "#CC79A7", "u": "#E69F00", "F": "#56B4E9"}
+COLOURS = {"x": "#0072B2", "eps": "#D55E00", "v": "#009E73", "s": "#CC79A7", "u": "#E69F00", "F": "#56B4E9",
+           "mu": "black", "mu_skip": "#F0E442"}
 
 
 def scatter(panels, path, points=5000, limits=(-3, 3)):

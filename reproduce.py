@@ -18,17 +18,19 @@ from pathlib import Path
 import torch
 
 import reproduce_beyond
+import reproduce_foundations
 import reproduce_thesis
 import run
 import settings
 import train
 from study import Study
 
-DOCUMENTS = {"thesis": reproduce_thesis, "beyond": reproduce_beyond}
+DOCUMENTS = {"thesis": reproduce_thesis, "beyond": reproduce_beyond, "foundations": reproduce_foundations}
 RESULTS = {name: (document, *row) for document, module in DOCUMENTS.items() for name, row in module.RESULTS.items()}
 DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
-OF_TABLE_4_2 = {"data": "cifar10", "budget": None, "num_samples": 10_000}      # None: always said
-SET_BY_TABLE_4_2 = "--target", "--loss", "--minutes", "--seed", "--seeds", "--resume", "--no-resume", "--overwrite"
+OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         # None: always said
+SET = "--target", "--loss", "--minutes", "--seed", "--seeds", "--resume", "--no-resume", "--overwrite"
+SET_BY = {"table4.2": SET, "tableF5.1-images": (*SET, "--schedule", "--timesteps", "--variance", "--train-steps")}
 
 
 def is_table(name):
@@ -78,7 +80,7 @@ def make(name, args):
     where = run.device_name(study.device)
     command = f"python reproduce.py {name}" + "".join(
         f" --{key.replace('_', '-')} {getattr(args, key)}"
-        for key, value in (OF_TABLE_4_2 if name == "table4.2" else DEFAULTS).items() if getattr(args, key) != value)
+        for key, value in (OF_IMAGES if name in SET_BY else DEFAULTS).items() if getattr(args, key) != value)
     command = " ".join([command, *["--recorded"] * args.recorded, *args.more])
     if is_table(name):
         lines = function(study) + ["", f"`{command}`, torch {torch.__version__}, {where}."]
@@ -97,9 +99,10 @@ def make(name, args):
 
 
 def parse(argv):
-    """The arguments; args.more are those that table4.2 hands to train.py. Exit code 2 if they are wrong."""
+    """The arguments; args.more are those that a table of images hands to train.py. Exit code 2 if they are wrong."""
     names = "\n".join(f"  {name:10s} {title}" for name, (_, _, title) in RESULTS.items())
-    parser = argparse.ArgumentParser(description=f"{__doc__}\n{names}\n  all        all of these but table4.2",
+    images = " and ".join(SET_BY)
+    parser = argparse.ArgumentParser(description=f"{__doc__}\n{names}\n  all        all of these but {images}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python reproduce.py NAME [options], see --help", allow_abbrev=False)
     parser.add_argument("name", choices=[*RESULTS, "all"], metavar="NAME", help="one of the above")
@@ -113,18 +116,18 @@ def parse(argv):
     parser.add_argument("--out", help="folder of the results (results; with other seeds, epochs or samples "
                                       "<runs>/results)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
-    group = parser.add_argument_group("table4.2 (further options are handed to train.py, say --channels 32)")
+    group = parser.add_argument_group(f"{images} (further options are handed to train.py, say --channels 32)")
     group.add_argument("--data", default="cifar10", type=train.data_name, help="images (cifar10)")
     group.add_argument("--budget", type=settings.number(float, 0.01), default=60,
                        help="minutes of training, all runs together (60)")
     group.add_argument("--data-dir", default="data", help="where the named datasets are, or are downloaded to (data)")
     group.add_argument("--inception-weights", metavar="PATH", help="local file of pytorch-fid's weights")
     args, args.more = parser.parse_known_args(argv)
-    if args.more and args.name != "table4.2":
+    if args.more and args.name not in SET_BY:
         parser.error(f"unrecognized arguments: {' '.join(args.more)}")
     for word in args.more:                 # train.py takes abbreviations
-        if word.startswith("--") and any(option.startswith(word.split("=")[0]) for option in SET_BY_TABLE_4_2):
-            parser.error(f"{word} is set by table4.2 itself - leave it out")
+        if word.startswith("--") and any(option.startswith(word.split("=")[0]) for option in SET_BY[args.name]):
+            parser.error(f"{word} is set by {args.name} itself - leave it out")
     if args.quick:
         args.seeds, args.epochs, args.num_samples = 1, 20, 2500
     full = (args.seeds, args.epochs, args.num_samples, args.data, args.more) == (3, 100, 10_000, "cifar10", [])
@@ -134,7 +137,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    for name in [name for name in RESULTS if name != "table4.2"] if args.name == "all" else [args.name]:
+    for name in [name for name in RESULTS if name not in SET_BY] if args.name == "all" else [args.name]:
         make(name, args)
 
 

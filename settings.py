@@ -145,6 +145,8 @@ SETTINGS = [
     Setting("clip_norm", "largest norm of the gradient", images=1.0, argument=dict(type=number(float, 1e-9, 10**9))),
     Setting("minutes", "stop after so long, further runs of this call after as many steps; --resume goes on",
             images=float("inf"), identity="", argument=dict(type=number(float, 1e-9))),
+    Setting("train_steps", "stop after so many steps of training", images=float("inf"), identity="",
+            argument=dict(type=number(int, 1, 10**9))),
     Setting("test_every", "steps between two tests", images=2000, identity="",
             argument=dict(type=number(int, 1, 10**9))),
     Setting("grid_every", "steps between two grids of samples", images=10_000, identity="",

@@ -146,18 +146,20 @@ class Study:
         self.note(runs[key].recipe, key, over_t={str(epoch): values})
         return values
 
-    def sampled(self, runs, steps, sampler="ancestral", grid="t"):
+    def sampled(self, runs, steps, sampler="ancestral", grid="t", variance=None):
         """Draw what is missing of the samples of runs -> {key: metrics.json}, in <run>/steps-<steps>/.
 
-        The points are kept there too for the thesis's sampler. Other samplers and grids are in the folder's name.
+        The points are kept there too for the thesis's sampler. Other samplers, grids and variances than the run's own
+        are in the folder's name.
         """
-        args, thesis, how = self.args, (sampler, grid) == ("ancestral", "t"), f"{sampler} {grid} {steps}"
+        args, thesis = self.args, (sampler, grid, variance) == ("ancestral", "t", None)
+        how = " ".join([sampler, grid, str(steps), *[variance][:bool(variance)]])
         if args.recorded:
             return {key: self.with_floor(key[0], self.recorded(one.recipe, key, "samples"), how)
                     for key, one in runs.items()}
         folder = lambda key: runs[key].folder / "-".join(
             [f"steps-{steps}"] + [str(args.num_samples)] * (args.num_samples != 10_000)
-            + [sampler, grid] * (not thesis))
+            + [sampler, grid] * (not thesis) + [variance] * bool(variance))
 
         def current(key):
             made = folder(key) / "metrics.json"
@@ -168,7 +170,8 @@ class Study:
             keys = {id(runs[key]): key for key in missing if key[3] == seed}
             for group in run.stacks([runs[key] for key in keys.values()], self.device):
                 before = time.perf_counter()
-                points = kind_points.draw(group, steps, args.num_samples, seed, self.device, sampler=sampler, grid=grid)
+                points = kind_points.draw(group, steps, args.num_samples, seed, self.device, sampler=sampler, grid=grid,
+                                          variance=variance)
                 facts = dict(steps=steps, sampler=sampler, grid=grid, sampling_seed=seed, device=str(self.device),
                              seconds=(time.perf_counter() - before) / len(group.members))
                 for one, x in zip(group.members, points):
@@ -183,7 +186,7 @@ class Study:
                                   json.dumps(kind_points.describe(one, x, **facts), indent=2).encode())
                 done += len(group.members)
                 left = (time.perf_counter() - start) / done * (len(missing) - done)
-                print(f"sampling in {steps} steps, {sampler}, grid {grid}: {done} of {len(missing)} networks, "
+                print(f"sampling, {how}: {done} of {len(missing)} networks, "
                       f"{left:.0f} s left", flush=True)
         results = {key: {**json.loads((folder(key) / "metrics.json").read_text()), "folder": folder(key)}
                    for key in runs}
@@ -202,30 +205,35 @@ class Study:
 
     def likelihoods(self, runs):
         """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-*."""
-        if self.args.recorded:
-            return {key: self.recorded(one.recipe, key, "likelihood") for key, one in runs.items()}
-        n, start, done = min(self.args.num_samples // 4, kind_points.POINTS), time.perf_counter(), 0
-        path = lambda key: runs[key].folder / f"likelihood-{n}-{DRAWS}-{ODE_STEPS}.json"
-        missing = [key for key in runs if not path(key).exists()
-                   or path(key).stat().st_mtime < (runs[key].folder / "ckpt.pt").stat().st_mtime]
-        for key in missing:
-            config = runs[key].config
+        n = min(self.args.num_samples // 4, kind_points.POINTS)
+
+        def measure(one):
+            config = one.config
             x = kind_points.test_examples(config, n, self.device)
-            model = runs[key].model(self.device).to(x.dtype)
+            model = one.model(self.device).to(x.dtype)
             terms, _ = likelihood.evaluate(model, x, config, DRAWS, ode_steps=ODE_STEPS,
                                            generator=run.generator(self.device, "likelihood"))
-            terms["entropy"] = -DATASETS[key[0]].log_prob(x.cpu())
+            terms["entropy"] = -DATASETS[config["data"]].log_prob(x.cpu())
             gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
-            result = {name: tables.mean_and_error(values) for name, values in (terms | gaps).items()}
-            lost = (gaps["exact gap"] > 100).sum().item()
-            run.write(path(key), json.dumps(result | {"exact median": gaps["exact gap"].median().item(),
-                                                      "lost": lost}).encode())
-            done += 1
+            return ({name: tables.mean_and_error(values) for name, values in (terms | gaps).items()}
+                    | {"exact median": gaps["exact gap"].median().item(),
+                       "lost": (gaps["exact gap"] > 100).sum().item()})
+        return self.measured(runs, "likelihood", measure, f"likelihood-{n}-{DRAWS}-{ODE_STEPS}")
+
+    def measured(self, runs, part, measure, file=None):
+        """What measure(Run) -> dict finds, where it is missing -> {key: dict}, in <run>/<file or part>.json."""
+        if self.args.recorded:
+            return {key: self.recorded(one.recipe, key, part) for key, one in runs.items()}
+        start, path = time.perf_counter(), lambda key: runs[key].folder / f"{file or part}.json"
+        missing = [key for key in runs if not path(key).exists()
+                   or path(key).stat().st_mtime < (runs[key].folder / "ckpt.pt").stat().st_mtime]
+        for done, key in enumerate(missing, 1):
+            run.write(path(key), json.dumps(measure(runs[key])).encode())
             left = (time.perf_counter() - start) / done * (len(missing) - done)
-            print(f"likelihood: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
+            print(f"{part}: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
         results = {key: json.loads(path(key).read_text()) for key in runs}
         for key, result in results.items():
-            self.note(runs[key].recipe, key, likelihood=result)
+            self.note(runs[key].recipe, key, **{part: result})
         return results
 
     def exact_nelbo(self, runs, key, best):

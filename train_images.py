@@ -266,7 +266,7 @@ def train(args, device):
         if rank > 0:
             folder = Path(args.out) / settings.name(config)
             state = run.load(folder) if args.resume and (folder / "ckpt.pt").exists() else None
-        steps = limit.get("steps", args.epochs * (len(data[0]) // args.batch_size))
+        steps = min(limit.get("steps", args.epochs * (len(data[0]) // args.batch_size)), args.train_steps)
         with run.enough_memory("a smaller --batch-size, --channels or --image-size"):
             torch.manual_seed(config["seed"])
             model = kind_images.build_model(config).to(device)
