@@ -11,7 +11,8 @@ z_0 and z_1 are z at t_min and 1 - t_min. All are sums over dimensions, in nats,
 one: the log-density of the noise, and the divergence on the way, give that of the data without a bound, as a density.
 
 The bound's model draws z_0 and then x given z_0; the sampler `ancestral` returns the x_hat of one step above t_min.
-They are two models, with one network, as bound and ODE are.
+They are two models, with one network, as bound and ODE are. The likelihood of the model of the bound is that of its
+chain, without a bound: --chains, `importance.py`.
 
 Not here: the exact log-density of the 2D data, `datasets2d.log_prob`, with which everything is compared.
 
@@ -26,6 +27,7 @@ import time
 
 import torch
 
+import importance as chains
 import losses
 import progress as clock
 import run
@@ -173,7 +175,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
 
 
 SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "variance", "uniform", "num_ode", "ode_steps",
-            "tolerance", "probes")      # that a result depends on
+            "tolerance", "probes", "chains")      # that a result depends on
 
 
 def file_name(args):
@@ -205,6 +207,8 @@ def parse(argv):
                        help="of its steps, see variance.py (the run's own, small unless it was trained on a chain)")
     group.add_argument("--uniform", choices=["logsnr", "t"], default="logsnr",
                        help="what is drawn uniformly in continuous time (logsnr)")
+    group.add_argument("--chains", type=settings.number(int, 2, 10**6),
+                       help="for each example, of the discrete steps: their likelihood without a bound (none)")
     group = parser.add_argument_group("probability flow ODE")
     group.add_argument("--num-ode", type=settings.number(int, 0, 10**9),
                        help="examples, 0 is none (points: all, images: 16)")
@@ -251,11 +255,17 @@ def main(argv=None):
                 add(len(z))                                                             # noqa: B023
             return prediction
         try:
+            if args.chains:                # now, as what comes first takes minutes
+                chains.steps_of(one.config, args.steps)
             with run.enough_memory("a smaller --batch-size"):
                 terms, evaluations = evaluate(
                     model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
                     run.generator(device, args.seed, "likelihood"), progress)
+                if args.chains:
+                    terms |= chains.terms(chains.of_run(
+                        one, x, args.chains, args.steps, args.variance, args.t_min, args.batch_size,
+                        run.generator(device, args.seed, "chains")))
         except ValueError as error:
             raise SystemExit(f"{one.folder}: {error}") from None
         result = tables.likelihood(one, terms, args, show, draws=args.draws, probes=args.probes,
@@ -264,7 +274,7 @@ def main(argv=None):
         print(f"wrote {out / file}; {clock.seconds():.1f} s in all")
         lines.append({column: value for name, found in result.items() for column, value in (
             zip((name, f"{name} error"), found) if isinstance(found, tuple) else [(name, found)])})
-    tables.show(lines, args.csv, tables.OF_LIKELIHOOD)
+    tables.show(lines, args.csv, tables.OF_LIKELIHOOD + tables.OF_CHAINS * bool(args.chains))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import run
 import settings
 
 OF_LIKELIHOOD = "run", "bound", "bound error", "exact", "exact error", "entropy", "bound - entropy", "exact - entropy"
+OF_CHAINS = "chain", "chain error", "chain - entropy"
 
 
 def text(value):
@@ -63,13 +64,21 @@ def likelihood(one, terms, args, show=print, **facts):
     line("diffusion", terms["diffusion"],
          f"at most {(terms['error'].square().sum().sqrt() / n).item():.4f} nats from t and noise")
     line("bound", terms["bound"], f"the sum, T = {steps}, variance {result['variance']}" if steps else "the sum")
+    if "chain" in terms:
+        size, error = terms["effective size"], terms["chain error"].square()
+        result |= dict(chains=args.chains, effective_size=size.mean().item(), smallest_effective_size=size.min().item(),
+                       error_of_chains=error.sum().sqrt().item() / n, bias_of_chains=error.mean().item() / 2)
+        note = ("error {error_of_chains:.4f} and bias {bias_of_chains:.4f} from them" if result["bias_of_chains"] < 0.05
+                else "too few: an upper bound alone")        # the delta method is right of small numbers
+        line("chain", terms["chain"], f"{{chains}} chains, effective size {{effective_size:.1f}}, {note}"
+             .format(**result))
     if "exact" in terms:
         line("exact", terms["exact"], f"flow, {facts['evaluations']} function evaluations, "
                                       f"{result['n_exact']:,} {settings.kind(config)}")
     surprise = one.kind.surprise(config)
     if surprise is not None:
         line("entropy", surprise, f"of the data, {len(surprise):,} {settings.kind(config)}")
-        for name in "bound", "exact":
+        for name in "bound", "chain", "exact":
             if name in terms:
                 gap = terms[name] - surprise[:len(terms[name])]
                 line(f"{name} - entropy", gap, f"of the same {settings.kind(config)}; median {gap.median().item():.4f}")

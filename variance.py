@@ -100,12 +100,12 @@ def terms(error, out, step, variance, x, decoder):
                        kl(torch.zeros_like(error), step.log_small, error, log_v))
 
 
-def term(model, x, i, eps, *, chain, target, variance="small", stabiliser=0.0, data=None,
-         decoder=gaussian):
-    """Term i of the bound, one draw of it: x, eps (B, ...), i (B,) in 1..T -> (B,) in nats, a sum.
+def at_step(model, x, i, eps, *, chain, target, variance="small", stabiliser=0.0, data=None):
+    """Step i of a model at z_t = alpha x + sigma eps: x, eps (B, ...), i (B,) in 1..T -> three.
 
-    model(z, t) -> the prediction of `target` and, for a learned variance, `out` beside it on
-    axis 1. data: the mixture, for `best`.
+    The error of its mean, what `variance` asks for as `out`, and the Step. model(z, t) -> the
+    prediction of `target` and, for a learned variance, `out` beside it on axis 1. data: the
+    mixture, for `best`.
     """
     t, schedule = chain.times.to(x)[i], chain.schedule
     z, step = ddpm.q_sample(x, t, eps, schedule), chain.step(i, x)
@@ -115,7 +115,16 @@ def term(model, x, i, eps, *, chain, target, variance="small", stabiliser=0.0, d
     a, b = targets.coefficients(target, alpha, sigma, stabiliser, step[:2])
     y_hat, out = split(model(z, t), x)
     out = data.covariance(z, alpha.flatten(), sigma.flatten()) if variance == "best" else out
-    return nats(terms(factor * (y_hat - a * x - b * eps), out, step, variance, x, decoder))
+    return factor * (y_hat - a * x - b * eps), out, step
+
+
+def term(model, x, i, eps, *, variance="small", decoder=gaussian, **how):
+    """Term i of the bound, one draw of it: x, eps (B, ...), i (B,) in 1..T -> (B,) in nats, a sum.
+
+    how: chain, target, stabiliser and data of `at_step`.
+    """
+    error, out, step = at_step(model, x, i, eps, variance=variance, **how)
+    return nats(terms(error, out, step, variance, x, decoder))
 
 
 @torch.no_grad()
@@ -125,7 +134,7 @@ def vlb(model, x, *, target, variance, schedule, steps, t_min=None, decoder=gaus
 
     "prior", "reconstruction" and "diffusion" sum to the bound (Foundations 2.22: L_T, L_0, the
     rest). Each term is a mean over `draws` of the noise, of which "error" is the standard error
-    (0 of one draw: unknown). t_min: `smallest_t`. The other arguments are those of `term`.
+    (0 of one draw: unknown). t_min: `smallest_t`. The other arguments are those of `at_step`.
     """
     t_min = smallest_t(schedule) if t_min is None else t_min
     c, sums = chain(schedule, steps, t_min), x.new_zeros(2, draws, len(x))     # of L_0, of the rest
