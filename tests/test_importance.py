@@ -189,42 +189,44 @@ def test_the_error_and_the_bias_are_those_of_many_repetitions():
     assert abs(found.mean() + error.square().mean() / 2) < 3.5 * found.std() / 4000**0.5
 
 
-def gaussian_run(timesteps=4, variance="best", **config):
+def gaussian_run(timesteps=4, variance="best", target="v", **config):
     """What `of_run` asks of a Run, of N(0, I) and its exact denoiser: with `best` and z_0 = x every w is p(x)."""
     data, schedule = GaussianMixture(torch.zeros(1, 2, dtype=F64), torch.ones(2, dtype=F64)), SCHEDULES["iddpm"]
     module = torch.nn.Module()
-    module.forward = data.optimal_model("v", schedule)
-    return SimpleNamespace(target="v", schedule=schedule, kind=SimpleNamespace(dataset=lambda config: data),
+    module.forward = data.optimal_model(target, schedule, config.get("stabiliser", 0.0))
+    return SimpleNamespace(target=target, schedule=schedule, kind=SimpleNamespace(dataset=lambda config: data),
                            model=lambda device, out: module,
                            config=dict(timesteps=timesteps, variance=variance, stabiliser=0.0, t_min=0.0) | config)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 10, 1000])
-def test_a_run_in_pieces_has_every_example_in_its_place(batch):
-    x = torch.randn(5, 2, generator=seed(0), dtype=F64)
-    log_w = importance.of_run(gaussian_run(), x, 7, batch=batch, generator=seed(1))
+def test_a_run_in_pieces_has_every_example_in_its_place(batch, monkeypatch):
+    """And says how much of it is done: one evaluation for each example, chain and step."""
+    x, done = torch.randn(5, 2, generator=seed(0), dtype=F64), []
+    monkeypatch.setattr(importance.progress, "counter", lambda what, total, unit: done.append(-total) or done.append)
+    log_w = importance.of_run(gaussian_run(target="s", stabiliser=0.01), x, 7, batch=batch, generator=seed(1))
     assert_close(log_w, normal(0, 1).log_prob(x).sum(1).expand(7, 5))
+    assert max(done) <= max(batch, 7) and sum(done) == 0 and done[0] == -5 * 7 * 4
+    log_w = importance.of_run(gaussian_run(), x.float(), 7, batch=batch, generator=seed(1))       # sums in float64
+    assert_close(log_w, normal(0, 1).log_prob(x).sum(1).expand(7, 5), rtol=0, atol=1e-5)
 
 
 def test_a_run_has_its_own_steps_and_variance_or_others():
     x = torch.randn(3, 2, generator=seed(0), dtype=F64)
     of = lambda one, **how: importance.of_run(one, x, 5, generator=seed(1), **how)
-    how = dict(target="v", schedule=SCHEDULES["iddpm"], chains=5, generator=seed(1))
+    how = dict(target="v", schedule=SCHEDULES["iddpm"], chains=5)
     model = gaussian_run().model(None, True)
     for one, asked, expected in [
             (gaussian_run(4, "small"), {}, dict(steps=4, variance="small", t_min=0.0)),
             (gaussian_run(4, "small"), dict(steps=2, variance="large"), dict(steps=2, variance="large", t_min=0.0)),
             (gaussian_run(None, "small", t_min=1e-4), dict(steps=3), dict(steps=3, variance="small", t_min=1e-3)),
             (gaussian_run(None, "small"), dict(steps=3, t_min=0.1), dict(steps=3, variance="small", t_min=0.1))]:
-        generator = seed(1)
-        found = importance.of_run(one, x, 5, generator=generator, **asked)
-        expected = importance.log_weights(model, x, **how | expected | dict(generator=seed(1)))
-        assert torch.equal(found, expected)
+        assert torch.equal(of(one, **asked), importance.log_weights(model, x, **how, generator=seed(1), **expected))
     images = x.reshape(3, 2, 1, 1).mul(127.5).round() / 127.5
     one = gaussian_run(4, "small", shape=[2, 1, 1])
     flat, one.model = one.model, lambda device, out: Flat(flat(device, out))
     expected = importance.log_weights(Flat(model), images, steps=4, variance="small", decoder=decoders.discretised,
-                                      **how | dict(generator=seed(1)))
+                                      generator=seed(1), **how)
     assert torch.equal(importance.of_run(one, images, 5, generator=seed(1)), expected)
     with pytest.raises(ValueError, match="continuous time, .* a chain - say of how many steps, --steps 10"):
         of(gaussian_run(None, "small"))

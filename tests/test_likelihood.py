@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import decoders
 import images
+import importance
 import kind_images
 import kind_points
 import likelihood
@@ -383,6 +384,55 @@ def test_the_discrete_bound_the_other_draw_and_adaptive_steps_of_a_run(trained, 
     assert read()["evaluations"] not in (0, 256) and "T = 7" in capsys.readouterr().out
 
 
+def test_the_likelihood_of_the_chain_is_a_row_beside_the_bound(trained, tmp_path, capsys):
+    """In the table and the file; the rest is as it was without --chains, and of several runs the table has it too."""
+    common = ["--ckpt", str(trained), "--num", "60", "--draws", "4", "--num-ode", "0", "--steps", "4", "--t-min", "0.1",
+              "--variance", "large", "--batch-size", "700", "--device", "cpu", "--out", str(tmp_path)]
+    name = "likelihood-num-60-t-min-0.1-batch-size-700-draws-4-steps-4-variance-large-num-ode-0{}.json"
+    likelihood.main(common)
+    before, result = capsys.readouterr().out, json.loads((tmp_path / name.format("")).read_text())
+    likelihood.main([*common, "--chains", "300"])
+    out, found = capsys.readouterr().out, json.loads((tmp_path / name.format("-chains-300")).read_text())
+    x, one = kind_points.load(dict(data="clusters"))[:60].double(), run.open(trained)
+    log_w = importance.of_run(one, x, 300, 4, "large", 0.1, 700, generator=run.generator("cpu", 0, "chains"))
+    expected, w = -torch.logsumexp(log_w, 0) + math.log(300), torch.softmax(log_w, 0)
+    assert found["chain"] == pytest.approx([expected.mean().item(), expected.std().item() / 60**0.5])
+    gap = expected + DATASETS["clusters"].log_prob(x)
+    assert found["chain - entropy"] == pytest.approx([gap.mean().item(), gap.std().item() / 60**0.5])
+    size, error = 1 / w.square().sum(0), 300**0.5 * w.std(0)
+    assert found["effective_size"] == pytest.approx(size.mean().item())
+    assert found["smallest_effective_size"] == pytest.approx(size.min().item())
+    assert found["error_of_chains"] == pytest.approx(error.square().sum().sqrt().item() / 60)
+    assert found["bias_of_chains"] == pytest.approx(error.square().mean().item() / 2) and found["chains"] == 300
+    row = next(line for line in out.splitlines() if line.startswith("chain "))
+    assert f"{expected.mean():10.4f}" in row and f"300 chains, effective size {size.mean():.1f}, error" in row
+    assert {key: value for key, value in found.items() if key in result} | {"seconds": 0} == result | {"seconds": 0}
+    lines = lambda text: [line for line in text.splitlines() if line[:5] in ("prior", "recon", "diffu", "bound")]
+    assert lines(before) == lines(out) and len(lines(out)) == 5 and "chain" not in before + str(result.keys())
+    likelihood.main([*common, "--chains", "2", "--variance", "small"])
+    assert "2 chains, effective size 1." in (out := capsys.readouterr().out) and "too few: an upper bound alone" in out
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    for extra in [], ["--chains", "3"]:
+        likelihood.main(["--ckpt", str(again), *common[1:], "--csv", str(tmp_path / "table.csv"), *extra])
+        header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("run"))
+        assert ("chain - entropy" in header) == bool(extra)
+
+
+def test_chains_of_images_and_of_a_run_that_has_none(image_run, trained, tmp_path, capsys, monkeypatch):
+    folder, _ = image_run
+    likelihood.main(["--ckpt", str(folder), "--num", "3", "--draws", "2", "--num-ode", "0", "--steps", "2", "--chains",
+                     "4", "--batch-size", "3", "--device", "cpu", "--out", str(tmp_path)])
+    one, found = run.open(folder), json.loads(next(tmp_path.glob("likelihood*-chains-4.json")).read_text())
+    x = one.kind.test_examples(one.config, 3, torch.device("cpu"))
+    log_w = importance.of_run(one, x, 4, 2, batch=3, generator=run.generator("cpu", 0, "chains"))
+    assert log_w.dtype == F64 and found["chain"][0] == pytest.approx(math.log(4) - log_w.logsumexp(0).mean().item())
+    assert f"{found['chain'][0] / (192 * math.log(2)):.4f}" in capsys.readouterr().out
+    monkeypatch.setattr(likelihood, "evaluate", lambda *args: pytest.fail("minutes for nothing"))
+    with pytest.raises(SystemExit, match="clusters-s-mse-s0: .* continuous time.* say of how many steps, --steps 10$"):
+        likelihood.main(["--ckpt", str(trained), "--chains", "10", "--device", "cpu"])
+
+
 def test_images_have_bits_per_dimension_and_a_dequantised_density(image_run, capsys, monkeypatch):
     folder, data = image_run
     likelihood.main(["--ckpt", str(folder), "--num", "4", "--draws", "3", "--num-ode", "2", "--ode-steps", "4",
@@ -470,7 +520,8 @@ def test_a_run_on_images_without_its_images(image_run, tmp_path):
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--draws", "1"], ["--num", "0"], ["--uniform", "x"],
                                        ["--ode-steps", "0"], ["--tolerance", "0"], ["--probes", "0"],
                                        ["--num-ode", "-1"], ["--t-min", "0.5"],
-                                       ["--num-ode", "1"], ["--steps", "10000000"], ["--draws", "1" + 30 * "0"]])
+                                       ["--num-ode", "1"], ["--steps", "10000000"], ["--draws", "1" + 30 * "0"],
+                                       ["--chains", "1"]])
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         likelihood.main(arguments)
