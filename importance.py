@@ -159,6 +159,6 @@ if __name__ == "__main__":
             exact = (gaussian(x, 0 * x, law(variance).log()).sum(1) + data.log_prob(x)).mean()
             of_chains = standard_error(log_w).square()
             print(f"{name:9s} {variance:7s}{''.join(cells)} "
-                  + (f"{exact:9.3f}" if data is normal else 9 * " ")
+                  + (f"{exact:z9.3f}" if data is normal else 9 * " ")
                   + f"{effective_size(log_w).mean():11.0f} of {K}"
                   f"{of_chains.sum().sqrt() / n:13.4f}, {of_chains.mean() / 2:.4f}")
