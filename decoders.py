@@ -37,11 +37,11 @@ def log_ndtr(x):
     """Log of the normal distribution function, any shape.
 
     torch.special.log_ndtr has a wrong gradient in float32, 0.4 in place of 30,000 at -30,000, where a variance that is
-    being learned may be.
+    being learned may be. -2, not -1: at its own bound a clamp has no gradient.
     """
     y = x.cpu() if x.device.type == "mps" else x                                            # MPS has no erfcx
     tail = torch.log(torch.special.erfcx(-y.clamp(max=-1) / math.sqrt(2)) / 2) - 0.5 * y.clamp(max=-1)**2
-    return torch.where(y < -1, tail, torch.log1p(-torch.special.erfc(y.clamp(min=-1) / math.sqrt(2)) / 2)).to(x.device)
+    return torch.where(y < -1, tail, torch.log1p(-torch.special.erfc(y.clamp(min=-2) / math.sqrt(2)) / 2)).to(x.device)
 
 
 def log_prob_level(x, mean, std):

@@ -33,66 +33,7 @@ seed = lambda n: torch.Generator().manual_seed(n)
 at = lambda name, t: alpha_sigma(name, torch.tensor([t], dtype=F64))
 
 
-@every_schedule
-@pytest.mark.parametrize("t_min", [1e-3, 0.3])
-def test_the_prior_term_is_the_kl_of_two_gaussians(name, t_min):
-    x = 2 * torch.randn(5, 3, dtype=F64)
-    alpha, sigma = at(name, 1 - t_min)
-    q, p = distributions.Normal(alpha * x, sigma), distributions.Normal(0, (alpha**2 + sigma**2).sqrt())
-    assert_close(decoders.prior(x, SCHEDULES[name], t_min), distributions.kl_divergence(q, p).sum(1),
-                 rtol=1e-6, atol=1e-12)
-    assert_close(decoders.prior(x.float(), SCHEDULES[name], t_min).double(),
-                 decoders.prior(x, SCHEDULES[name], t_min), rtol=1e-5, atol=1e-7)
-    assert decoders.prior(torch.zeros(4, 1, 5, 5), SCHEDULES[name]).shape == (4,)
-
-
-@every_schedule
-def test_the_reconstruction_of_points_is_a_gaussian_around_z_0_over_alpha(name):
-    x, (alpha, sigma) = torch.randn(5, 3, dtype=F64), at(name, 0.02)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(5)                 # exact for the quadratic
-    terms = 0
-    for eps, weight in zip(nodes, weights / weights.sum()):
-        z = alpha * x + sigma * eps
-        terms = terms - weight * distributions.Normal(z / alpha, sigma / alpha).log_prob(x).sum(1)
-    found = decoders.reconstruction(x, None, SCHEDULES[name].ends(0.02)[1], decoders.gaussian)
-    assert_close(found, terms, rtol=1e-8, atol=0)
-
-
 LEVELS = torch.linspace(-1, 1, 256, dtype=F64)
-
-
-@pytest.mark.parametrize("std", [1e-4, 1.6e-3, 0.02, 0.5, 3.0])
-@pytest.mark.parametrize("mean", [-1.7, -1.0, -0.9991, -0.3, 0.0021, 0.7, 1.0, 1.2])
-def test_the_256_probabilities_sum_to_1(mean, std):
-    log_p = decoders.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
-    assert abs(log_p.exp().sum() - 1) < 1e-12 and log_p.isfinite().all()
-    assert_close(decoders.log_prob_level(LEVELS.float(), torch.tensor(mean), 0.5).double(),
-                 decoders.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), 0.5), rtol=1e-3, atol=1e-3)
-
-
-def test_the_probability_of_a_level_is_that_of_its_bin():
-    """scipy's distribution function, differences of the tail that does not cancel; black, white reach to infinity."""
-    for mean, std in (0.1, 0.002), (-0.4, 0.05), (1.1, 0.3):
-        middle, half = LEVELS[1:-1].numpy(), 1 / 255
-        lower, upper = (middle - half - mean) / std, (middle + half - mean) / std
-        p = np.where(lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper),
-                     stats.norm.cdf(upper) - stats.norm.cdf(lower))
-        kept = p > 1e-290
-        found = decoders.log_prob_level(LEVELS, torch.tensor(mean, dtype=F64), std)
-        assert_close(found[1:-1][kept], torch.from_numpy(np.log(p[kept])), rtol=1e-9, atol=1e-9)
-        assert_close(found[0].item(), stats.norm.logcdf((-1 + half - mean) / std), rtol=1e-9, atol=0)
-        assert_close(found[-1].item(), stats.norm.logsf((1 - half - mean) / std), rtol=1e-9, atol=1e-12)
-
-
-@every_schedule
-def test_the_reconstruction_of_images_sees_z_0(name):
-    x, eps = LEVELS[torch.randint(256, (3, 1, 4, 4), generator=seed(0))], \
-        torch.randn(3, 1, 4, 4, generator=seed(1), dtype=F64)
-    alpha, sigma = at(name, 0.001)
-    z = alpha * x + sigma * eps
-    expected = -decoders.log_prob_level(x, z / alpha, sigma / alpha).sum((1, 2, 3))
-    found = decoders.reconstruction(x, eps, SCHEDULES[name].ends(0.001)[1], decoders.discretised)
-    assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 @every_schedule
@@ -584,28 +525,6 @@ def test_one_example_whose_flow_is_not_finite_is_an_error(extra):
     model = lambda z, t: torch.where(torch.tensor([[True], [False]]), math.inf, z)
     with pytest.raises(ValueError, match="its flow is not finite"):
         likelihood.log_likelihood(model, x, target="v", schedule=COSINE, steps=2, **extra)
-
-
-def test_on_mps_which_has_no_erfcx_it_is_computed_on_the_cpu_and_comes_back(monkeypatch):
-    class Mps(torch.Tensor):
-        """A tensor that says it is on MPS, until it is moved."""
-        @property
-        def device(self):
-            return torch.device("mps")
-
-        def cpu(self):
-            return self.as_subclass(Cpu)
-
-    class Cpu(torch.Tensor):
-        def to(self, device):
-            back.append(device.type)
-            return self.as_subclass(Mps)
-    places, back, original = [], [], torch.special.erfcx
-    monkeypatch.setattr(torch.special, "erfcx", lambda x: places.append(x.device.type) or original(x))
-    x, mean = torch.linspace(-1, 1, 256), torch.tensor(0.1)
-    expected = decoders.log_prob_level(x, mean, 0.2)
-    result = decoders.log_prob_level(x.as_subclass(Mps), mean, 0.2)
-    assert places == 6 * ["cpu"] and back == 3 * ["mps"] and torch.equal(result.as_subclass(torch.Tensor), expected)
 
 
 def test_several_runs_are_one_table_and_other_settings_another_file(trained, tmp_path, capsys):
