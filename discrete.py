@@ -60,9 +60,13 @@ class Chain:
         return Step(*self.table.to(like)[i.to(like.device) - 1].unbind(-1))
 
     def at(self, t):
-        """(A, B) of a step of this chain's length from any time, (B,): for `targets`' OF_A_STEP."""
-        late, length = t.cpu().double(), self.times[1] - self.times[0]
-        early = (late - length).clamp(min=self.times[0])
+        """(A, B) of a step of this chain's length from any time, (B,): for `targets`' OF_A_STEP.
+
+        From times before t_1, which no step starts at, those of t_1: a shorter step would make B, which one divides
+        by, as small as one likes.
+        """
+        late = t.cpu().double().clamp(min=self.times[1])
+        early = (late - (self.times[1] - self.times[0])).clamp(min=self.times[0])
         return [c.to(t) for c in ddpm.posterior_coefficients(early, late, self.schedule)[:2]]
 
 
