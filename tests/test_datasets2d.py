@@ -55,7 +55,7 @@ def test_clean_data_is_the_default(name):
 def test_each_point_has_its_own_alpha_and_sigma(name):
     data, t = DATASETS[name], torch.tensor([0.1, 0.5, 0.9], dtype=F64)
     alpha, sigma, z = torch.cos(t), torch.sin(t), torch.randn(3, 2, dtype=F64)
-    for function in data.log_prob, data.score, data.denoise:
+    for function in data.log_prob, data.score, data.denoise, data.covariance:
         together = function(z, alpha, sigma)
         for i in range(3):
             assert_close(together[i:i + 1], function(z[i:i + 1], alpha[i], sigma[i]))
@@ -66,7 +66,7 @@ def test_chunks_change_nothing():
     t = torch.rand(1500, dtype=F64)
     alpha, sigma = t.cos(), t.sin()
     assert [len(chunk[0]) for chunk in data._chunks(z, alpha, sigma)] == [524, 524, 452]
-    for function in data.log_prob, data.score, data.denoise:
+    for function in data.log_prob, data.score, data.denoise, data.covariance:
         rows = torch.cat([function(z[i:i + 1], alpha[i], sigma[i]) for i in range(1500)])
         assert_close(function(z, alpha, sigma), rows)
 
@@ -81,6 +81,37 @@ def test_denoiser_is_the_posterior_mean_by_brute_force(name):
     for z in torch.tensor([[0.3, -0.5], [-1.1, 0.2]], dtype=F64):
         weight = (log_prob - ((z - alpha * x)**2).sum(1) / (2 * sigma**2)).softmax(0)
         assert_close(data.denoise(z[None], alpha, sigma)[0], weight @ x, rtol=1e-5, atol=1e-6)
+
+
+@every_set
+@pytest.mark.parametrize("alpha, sigma", DIFFUSED[1:])
+def test_the_covariance_of_x_is_the_derivative_of_the_denoiser(name, alpha, sigma):
+    """Var[x | z] = sigma^2 / alpha dE[x | z] / dz of each axis, by autograd; in float32, too."""
+    data, g = DATASETS[name], torch.Generator().manual_seed(0)
+    x = data.sample(60, g, dtype=F64)
+    z = (alpha * x + sigma * torch.randn(60, 2, generator=g, dtype=F64)).requires_grad_()
+    x_hat = data.denoise(z, alpha, sigma)
+    slopes = [torch.autograd.grad(x_hat[:, k].sum(), z, retain_graph=True)[0][:, k] for k in (0, 1)]
+    found = data.covariance(z.detach(), alpha, sigma)
+    assert_close(found, sigma**2 / alpha * torch.stack(slopes, 1), rtol=1e-6, atol=1e-14)
+    single = data.covariance(z.detach().float(), alpha, sigma)
+    assert single.dtype == torch.float32 and (single > 0).all()
+    # the position of z, rounded, moves the weights of centres: more where noise is small
+    assert_close(single.double(), found, rtol=2e-2 if sigma < 0.01 else 1e-3, atol=0)
+
+
+def test_the_covariance_of_x_by_brute_force_and_at_the_ends():
+    """Of all x on a fine grid; nothing is left to know without noise, all of the data's variance without signal."""
+    data, alpha, sigma = DATASETS["clusters"], 0.8, 0.6
+    axis = torch.linspace(-3, 3, 121, dtype=F64)
+    x = torch.cartesian_prod(axis, axis)
+    for z in torch.tensor([[0.3, -0.5], [-1.1, 0.2]], dtype=F64):
+        weight = (data.log_prob(x) - ((z - alpha * x)**2).sum(1) / (2 * sigma**2)).softmax(0)
+        mean = weight @ x
+        assert_close(data.covariance(z[None], alpha, sigma)[0], weight @ (x - mean)**2, rtol=1e-5, atol=1e-6)
+    z = torch.tensor([[0.7, -0.2]], dtype=F64)
+    assert data.covariance(z, 1.0, 0.0).tolist() == [[0, 0]]
+    assert_close(data.covariance(z, 0.0, 1.0), torch.ones(1, 2, dtype=F64), rtol=1e-9, atol=0)
 
 
 @every_set

@@ -123,3 +123,30 @@ def test_f_with_mse_on_edm_is_the_training_of_karras_et_al():
     y = torch.randn(z.shape, dtype=F64, generator=g)                              # (x - c_skip z) / c_out is the row
     a, b = targets.coefficients("F", torch.ones_like(sigma), sigma)
     assert_close(a * y + b * EPS, (y - c_skip * (y + sigma * EPS)) / c_out, rtol=1e-7, atol=1e-9)
+
+
+@every_schedule
+@pytest.mark.parametrize("target, skip", [("mu", 0), ("mu_skip", 1)])
+def test_the_mean_of_a_step_is_a_row_too(name, target, skip):
+    """Foundations 2.40 from the joint Gaussian of z_s and z_t, minus z where the network has a skip connection."""
+    alpha, sigma, z = setting(name)
+    s = SCHEDULES[name]
+    early = T - torch.tensor([5e-4, 0.005, 0.02, 0.1, 0.1, 0.2, 0.2, 0.1, 0.01], dtype=F64)[:, None]
+    alpha_s, sigma_s = s.alpha(early), s.sigma(early)
+    gain = alpha / alpha_s * sigma_s**2 / sigma**2
+    mean = lambda x: alpha_s * x + gain * (z - alpha * x) - skip * z
+    step = ddpm.posterior_coefficients(early, T, s)[:2]
+    a, b = targets.coefficients(target, alpha, sigma, step=step)
+    assert a.shape == b.shape == alpha.shape
+    assert_close(a * X + b * EPS, mean(X), rtol=1e-8, atol=1e-9)
+    wrong = X + torch.randn(X.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    assert_close(targets.to_x(target, mean(wrong), z, alpha, sigma, step=step), wrong, rtol=1e-5, atol=1e-5)
+    det = targets.determinant(target, alpha, sigma, step=step)
+    assert_close(det, -alpha_s * (sigma**2 - (alpha / alpha_s * sigma_s)**2) / sigma, rtol=1e-5, atol=1e-12)
+
+
+def test_the_mean_of_a_step_needs_its_step():
+    for target in "mu", "mu_skip":
+        with pytest.raises(ValueError, match=f"target {target} is the mean of a step of a discrete chain: "
+                                             "say of how many steps, --timesteps 1000"):
+            targets.coefficients(target, T, T)
