@@ -8,7 +8,9 @@ from test_ddpm import every_schedule
 from torch.testing import assert_close
 
 import ddpm
+import discrete
 import losses
+import variance
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 
@@ -332,3 +334,124 @@ def test_the_loss_over_t_is_the_mean_in_each_bin_and_with_importance_a_weighted_
 def test_the_objective_of_a_config():
     config = dict(target="s", loss="rescaled", schedule="ve", stabiliser=0.02, t_min=0.1, seed=3)
     assert losses.objective(config) == dict(target="s", loss="rescaled", schedule=SCHEDULES["ve"], stabiliser=0.02)
+
+
+# On a discrete chain
+
+CHAIN = discrete.chain(SCHEDULES["ddpm"], 8, 0.0)
+
+
+@every_schedule
+@pytest.mark.parametrize("t_min", [1e-3, 0.05])
+def test_each_term_of_the_discrete_loss_with_small_is_equation_3_18_for_any_model(name, t_min):
+    """T / 2 (SNR(s) - SNR(t)) |x_hat - x|^2, a mean over dimensions; other variances are the sum of `vlb`."""
+    steps, schedule, data = 6, SCHEDULES[name], DATASETS["clusters"]
+    i = torch.arange(1, steps + 1)
+    x, eps = torch.randn(2, steps, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    grid = t_min + (1 - 2 * t_min) * torch.arange(steps + 1, dtype=F64) / steps
+    alpha, sigma = schedule.alpha(grid[1:])[:, None], schedule.sigma(grid[1:])[:, None]
+    snr = (schedule.alpha(grid) / schedule.sigma(grid))**2
+    x_hat = lambda z: torch.tanh(z)
+    model = lambda z, t: (z - alpha * x_hat(z)) / sigma                                    # eps
+    found = losses.discrete_loss(model, x, i, eps, steps=steps, target="eps", schedule=schedule, t_min=t_min)
+    z = alpha * x + sigma * eps
+    assert_close(found, steps / 2 * (snr[:-1] - snr[1:]) * (x_hat(z) - x).square().mean(1), rtol=1e-6, atol=1e-12)
+    for how in dict(variance="large"), dict(variance="best", data=data):
+        terms = [variance.term(lambda z, t, k=k: (z - alpha[k - 1] * x_hat(z)) / sigma[k - 1], x[k - 1:k],
+                               torch.tensor([k]), eps[k - 1:k], chain=discrete.chain(schedule, steps, t_min),
+                               target="eps", **how) for k in i.tolist()]
+        found = losses.discrete_loss(model, x, i, eps, steps=steps, target="eps", schedule=schedule, t_min=t_min,
+                                     **how)
+        assert_close(found.mean(), torch.cat(terms).sum() / 2, rtol=1e-9, atol=0)
+
+
+def test_a_step_of_a_chain_is_drawn_uniformly_and_stratified():
+    t, importance = losses.draw_step((5, 800), CHAIN, generator=torch.Generator().manual_seed(0), dtype=F64)
+    i = CHAIN.index(t)
+    assert torch.equal(CHAIN.times[i], t) and t.dtype == F64 and t.shape == (5, 800)
+    assert i.min() == 1 and i.max() == 8
+    for row in i:
+        assert ((row.bincount(minlength=9)[1:] - 100).abs() <= 1).all()
+    assert_close(importance, torch.ones(5, 800, dtype=F64), rtol=1e-12, atol=0)
+    alone = torch.cat([losses.draw_step((1,), CHAIN, generator=torch.Generator().manual_seed(k))[0]
+                       for k in range(800)])
+    counts = CHAIN.index(alone).bincount(minlength=9)[1:]
+    assert alone.dtype == torch.float32 and ((counts - 100).abs() < 40).all()
+
+
+def test_steps_drawn_by_their_second_moments():
+    """p(i) is the root of the moment over the sum of them, with a thousandth uniform: sums over i are unbiased."""
+    moments = torch.tensor([0.0, 1.0, 4.0, 9.0, 1.0, 0.25, 0.0, 25.0], dtype=F64)
+    p = 0.999 * moments.sqrt() / moments.sqrt().sum() + 0.001 / 8
+    draw = lambda n, seed=0, **how: losses.draw_step((n,), CHAIN, generator=torch.Generator().manual_seed(seed),
+                                                     dtype=F64, **how)
+    t, importance = draw(400_000, moments=moments)
+    i = CHAIN.index(t)
+    assert ((i.bincount(minlength=9)[1:] - 400_000 * p).abs() <= 1.001).all()              # stratified
+    assert_close(importance, 1 / (8 * p)[i - 1], rtol=1e-9, atol=0)
+    value = torch.tensor([3.0, -1, 2, 7, 0.5, 1, 4, -2], dtype=F64)                        # a mean over i, exactly:
+    seen = torch.zeros(8, dtype=F64).index_put((i - 1,), importance)
+    assert (seen > 0).all()
+    assert_close((p * seen * value).sum(), value.mean(), rtol=1e-9, atol=0)
+    assert_close((importance * value[i - 1]).mean(), value.mean(), rtol=1e-2, atol=0)
+    single = losses.draw_step((1000,), CHAIN, moments.float(), torch.Generator().manual_seed(0))
+    assert single[0].dtype == single[1].dtype == torch.float32
+
+
+def test_the_root_of_the_second_moment_has_the_least_variance():
+    """Of one draw of the mean over i: the densities proportional to it, to the moment, and the uniform one."""
+    errors = torch.tensor([0.01, 0.3, 1.0, 2.0, 3.0, 0.1, 0.1, 5.0], dtype=F64)
+
+    def spread(moments):
+        t, importance = losses.draw_step((100_000,), CHAIN, moments, torch.Generator().manual_seed(0), F64)
+        return (importance * errors[CHAIN.index(t) - 1]).std()
+    assert spread(errors**2) < 0.2 * spread(errors**4)
+    assert spread(errors**2) < 0.2 * spread(None)
+
+
+def test_the_second_moments_move_to_the_mean_square_of_each_step():
+    """By a loop. Steps not drawn stay; each is moved once, however often it was drawn."""
+    g = torch.Generator().manual_seed(0)
+    moments, i = torch.rand(8, generator=g, dtype=F64), torch.tensor([3, 1, 3, 8, 3, 1])
+    errors, expected = torch.randn(6, generator=g), []
+    for k in range(1, 9):
+        own = [e**2 for e, step in zip(errors.tolist(), i.tolist()) if step == k]
+        old = moments[k - 1].item()
+        expected.append(0.9 * old + 0.1 * sum(own) / len(own) if own else old)
+    found = losses.second_moments(moments, i, errors, 0.1)
+    assert_close(found, torch.tensor(expected, dtype=F64), rtol=1e-9, atol=0)
+
+
+def test_the_weights_of_a_chain_and_what_needs_one():
+    """vlb has no weight of an error, hybrid that of mse; losses and targets of a chain without one say so."""
+    t, schedule = CHAIN.times[1:], CHAIN.schedule
+    weight = lambda loss, target="mu", chain=CHAIN: losses.weight(loss, target, t, schedule, chain=chain)
+    assert weight("vlb").tolist() == 8 * [0] and weight("hybrid").tolist() == weight("mse").tolist() == 8 * [1]
+    _, B, _ = ddpm.posterior_coefficients(CHAIN.times[:-1], t, schedule)
+    assert_close(weight("rescaled"), 1 / B**2, rtol=1e-9, atol=0)                            # of an error of x
+    assert_close(weight("nelbo"), -0.5 * schedule.dsnr(t) / B**2, rtol=1e-7, atol=0)
+    for loss in "vlb", "hybrid":
+        with pytest.raises(ValueError, match=f"loss {loss} is of a discrete chain: say of how many steps, --timesteps"):
+            weight(loss, "eps", None)
+    with pytest.raises(ValueError, match="target mu is the mean of a step of a discrete chain"):
+        weight("mse", "mu", None)
+
+
+@pytest.mark.parametrize("target", ["mu", "mu_skip"])
+def test_a_network_of_the_mean_learns_the_posterior_mean(target):
+    g = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 8, 2, dtype=F64, generator=g)
+    t, schedule = CHAIN.times[1:], CHAIN.schedule
+    z, y, w = losses.regression(x, t, eps, target=target, loss="hybrid", schedule=schedule, chain=CHAIN)
+    mean, _ = ddpm.posterior(z, x, CHAIN.times[:-1], t, schedule)
+    assert_close(y, mean - z * (target == "mu_skip"), rtol=1e-7, atol=1e-9)
+    assert w.tolist() == 8 * [1]
+
+
+def test_the_chain_of_a_config():
+    config = dict(target="mu", loss="vlb", schedule="iddpm", stabiliser=0.0, t_min=0.0, timesteps=30)
+    found = losses.objective(config)
+    assert found.pop("chain") is discrete.chain(SCHEDULES["iddpm"], 30, 0.0) is losses.chain_of(config)
+    assert found == dict(target="mu", loss="vlb", schedule=SCHEDULES["iddpm"], stabiliser=0.0)
+    assert losses.chain_of(config | {"timesteps": None}) is None and "chain" not in losses.objective(
+        config | {"timesteps": None})
