@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import metrics
 import samplers
-from datasets2d import DATASETS, rings, standardised, swiss_roll, waves
+from datasets2d import DATASETS, GaussianMixture, rings, standardised, swiss_roll, waves
 from ddpm import SCHEDULES
 
 F64 = torch.float64
@@ -325,3 +325,103 @@ def test_the_flow_of_wide_gaussian_data_is_followed_however_far_it_goes(sampler)
     expected = alpha[1] * c**2 / var[1] * (var[1] / var[0]).sqrt() * first
     assert_close(found, expected, rtol=0.03 if sampler == "ddim" else 0.001, atol=1e-6)
     assert (found.abs() > 4).sum() > 50
+
+
+# Variances of a step, and the chain of DDPM
+
+@every_schedule
+@pytest.mark.parametrize("variance", ["small", "large", "best", "range", "log"])
+def test_ancestral_sampling_with_each_variance_follows_its_recursion(name, variance):
+    """z_s = (A + B k) z_t + sqrt(v) noise, path and variance; `out` of a learned one is the network's second half."""
+    c, t_min, n, count = 0.6, 0.01, 6, 20_000
+    times = torch.tensor([t_min + (1 - 2 * t_min) * i / n for i in range(n, 0, -1)], dtype=F64)
+    alpha, sigma = alpha_sigma(name, times)
+    k = alpha * c**2 / (alpha**2 * c**2 + sigma**2)
+    out = {"range": 0.4 + times, "log": -3 * times}.get(variance)
+    learned = dict(zip(times.tolist(), out.tolist())) if out is not None else {}
+
+    def model(z, t):
+        x_hat = gaussian_model(c, name)(z, t)
+        return torch.cat([x_hat, torch.full_like(z, learned[t[0].item()])], 1) if learned else x_hat
+    g = torch.Generator().manual_seed(3)
+    noise = lambda: torch.randn(count, 2, generator=g, dtype=F64)
+    spread = alpha[0]**2 + sigma[0]**2
+    z = spread.sqrt() * noise()
+    for i in range(n - 1):
+        gain = alpha[i] / alpha[i + 1] * sigma[i + 1]**2 / sigma[i]**2
+        B = alpha[i + 1] - gain * alpha[i]
+        beta = sigma[i]**2 - (alpha[i] / alpha[i + 1] * sigma[i + 1])**2
+        q = beta * sigma[i + 1]**2 / sigma[i]**2
+        v = {"small": q, "large": beta, "best": q + B**2 * k[i] * sigma[i]**2 / alpha[i]}.get(variance)
+        if variance == "range":
+            v = beta**((out[i] + 1) / 2) * q**((1 - out[i]) / 2)
+        elif variance == "log":
+            v = out[i].exp()
+        z, spread = (gain + B * k[i]) * z + v.sqrt() * noise(), (gain + B * k[i])**2 * spread + v
+    data = GaussianMixture(torch.zeros(1, 2, dtype=F64), torch.full((2,), c, dtype=F64))
+    found = samplers.sample(model, (count, 2), n, target="x", schedule=SCHEDULES[name], t_min=t_min, dtype=F64,
+                            generator=torch.Generator().manual_seed(3), variance=variance, data=data)
+    assert_close(found, k[-1] * z, rtol=1e-5, atol=1e-6)
+    assert_close(found.var().item(), (k[-1]**2 * spread).item(), rtol=0.05, atol=0)
+
+
+def algorithm_2(eps_model, beta, variance, shape, seed):
+    """Slides; Ho et al. 2020, Alg. 2. The network is told i / T."""
+    g, T = torch.Generator().manual_seed(seed), len(beta)
+    alpha, abar = 1 - beta, torch.cumprod(1 - beta, 0)
+    x = torch.randn(shape, generator=g, dtype=F64)
+    for i in range(T, 0, -1):
+        eps = eps_model(x, torch.full((len(x),), i / T, dtype=F64))
+        x = (x - beta[i - 1] / (1 - abar[i - 1]).sqrt() * eps) / alpha[i - 1].sqrt()
+        if i > 1:
+            var = beta[i - 1] if variance == "large" else beta[i - 1] * (1 - abar[i - 2]) / (1 - abar[i - 1])
+            x = x + var.sqrt() * torch.randn(shape, generator=g, dtype=F64)
+    return x
+
+
+EPS_MODEL = lambda z, t: torch.tanh(z) * t[:, None].sqrt()
+
+
+@pytest.mark.parametrize("T, grid, variance", [(1000, "t", "small"), (25, "rescaled", "large"),
+                                               (60, "rescaled", "small")])
+def test_algorithm_2_of_the_slides(T, grid, variance):
+    """beta = linspace(1e-4, 0.02, 1000); in other steps, times 1000 / T (Foundations 1.25). The last step has no
+    noise."""
+    beta = torch.linspace(1e-4, 0.02, T, dtype=F64) * 1000 / T
+    found = samplers.sample(EPS_MODEL, (4, 2), T, target="eps", schedule=SCHEDULES["ddpm"], grid=grid,
+                            variance=variance, t_min=0.3 if grid == "rescaled" else 0.0,
+                            generator=torch.Generator().manual_seed(1), dtype=F64)
+    assert_close(found, algorithm_2(EPS_MODEL, beta, variance, (4, 2), 1), rtol=1e-6, atol=1e-8)
+
+
+def test_fewer_steps_of_the_chain_skip_those_between():
+    """Nichol and Dhariwal 2021, Eq. (19): abar of every fortieth step, and betas from their ratios."""
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64), 0)
+    abar = torch.cat([torch.ones(1, dtype=F64), abar])[::40]
+    found = samplers.sample(EPS_MODEL, (4, 2), 25, target="eps", schedule=SCHEDULES["ddpm"], t_min=0.0,
+                            generator=torch.Generator().manual_seed(1), dtype=F64)
+    assert_close(found, algorithm_2(EPS_MODEL, 1 - abar[1:] / abar[:-1], "small", (4, 2), 1), rtol=1e-6, atol=1e-8)
+
+
+def test_what_cannot_be_rescaled():
+    draw = lambda schedule, steps: samplers.sample(EPS_MODEL, (4, 2), steps, target="eps", grid="rescaled",
+                                                   schedule=SCHEDULES[schedule])
+    with pytest.raises(ValueError, match="steps must be at least 21, got 20: else the last beta is 1 or more"):
+        draw("ddpm", 20)
+    with pytest.raises(ValueError, match="those of schedule ddpm"):
+        draw("iddpm", 30)
+    assert draw("ddpm", 21).shape == (4, 2)
+
+
+def test_the_denoiser_hands_on_the_second_half_of_a_network():
+    """Of images on the axis of channels, of a stack that of both members; a network of one half has no third result."""
+    schedule, t = SCHEDULES["cosine"], torch.tensor(0.3, dtype=F64)
+    z = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    out = z.cos()
+    pair = lambda z, t: torch.cat([torch.tanh(z), out], 1)
+    x_hat, eps_hat, *rest = samplers.denoiser(pair, ["x", "eps"], schedule)(z, t)
+    alpha, sigma = math.cos(0.15 * math.pi), math.sin(0.15 * math.pi)
+    assert_close(x_hat, torch.cat([torch.tanh(z[:2]), (z[2:] - sigma * torch.tanh(z[2:])) / alpha]), rtol=1e-7, atol=0)
+    assert_close(eps_hat[2:], torch.tanh(z[2:]), rtol=1e-7, atol=1e-12)
+    assert len(rest) == 1 and torch.equal(rest[0], out)
+    assert len(samplers.denoiser(lambda z, t: z, "x", schedule)(z, t)) == 2
