@@ -66,7 +66,7 @@ class Chain:
         by, as small as one likes.
         """
         late = t.cpu().double().clamp(min=self.times[1])
-        early = (late - (self.times[1] - self.times[0])).clamp(min=self.times[0])
+        early = late - (self.times[1] - self.times[0])
         return [c.to(t) for c in ddpm.posterior_coefficients(early, late, self.schedule)[:2]]
 
 
