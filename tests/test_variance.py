@@ -445,6 +445,20 @@ def test_no_gradient_of_images_is_lost_in_float32():
             assert value.isfinite().all() and slope.isfinite().all()
 
 
+@every_variance
+@every_chain
+def test_bound_and_loss_are_computed_where_the_data_are(of, name):
+    """On another device than the CPU; meta has no values and refuses to be mixed with it."""
+    c, x, width = CHAINS[of], torch.zeros(5, 2, device="meta"), 2 if name in variance.LEARNED else 1
+    parts = variance.vlb(lambda z, t: (z * t[:, None]).repeat(1, width), x, target="mu", variance=name, data=DATA,
+                         schedule=c.schedule, steps=3, t_min=c.times[0].item())
+    t = torch.zeros(5, device="meta")
+    columns = variance.columns(t, c, "eps", "hybrid")
+    columns = torch.cat([columns, DATA.covariance(x, t, t)], 1) if name == "best" else columns
+    parts["loss"] = variance.loss(x.repeat(1, width), x, t, columns, name)
+    assert {(value.device.type, tuple(value.shape)) for value in parts.values()} == {("meta", (5,))}
+
+
 # A network of a chain
 
 @every_chain
