@@ -264,8 +264,8 @@ def var_ts(s, t, schedule):
 def posterior_coefficients(s, t, schedule):
     r"""A, B and var of q(z_s | z_t, x) = N(A z + B x, var), Eq. (3.9), s < t: (B,) -> three (B,).
 
-    A    = alpha_{t|s} sigma_s^2 / sigma_t^2,    B = alpha_s sigma^2_{t|s} / sigma_t^2     Eq. (3.11)
-    var  = sigma^2_{t|s} sigma_s^2 / sigma_t^2                               VDM A.21, Eq. (3.10)
+    A    = alpha_{t|s} sigma_s^2 / sigma_t^2,   B = alpha_s sigma^2_{t|s} / sigma_t^2     Eq. (3.11)
+    var  = sigma^2_{t|s} sigma_s^2 / sigma_t^2                              VDM A.21, Eq. (3.10)
     """
     c = one_minus_snr_ratio(s, t, schedule)                        # sigma^2_{t|s} / sigma_t^2
     sigma_ratio_sq = (schedule.sigma(s) / schedule.sigma(t))**2

@@ -87,7 +87,8 @@ def weight(loss, target, t, schedule, stabiliser=0.0, chain=None):
     if loss in COSINE_ONLY and schedule is not ddpm.SCHEDULES["cosine"]:
         raise ValueError(f"{loss} has weights for the cosine schedule alone")
     if loss in OF_A_CHAIN and chain is None:
-        raise ValueError(f"loss {loss} is of a discrete chain: say of how many steps, --timesteps 1000")
+        raise ValueError(f"loss {loss} is of a discrete chain: "
+                         "say of how many steps, --timesteps 1000")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     det = targets.determinant(target, alpha, sigma, stabiliser, step_of(chain, t))
     return LOSSES[loss](target, alpha, sigma, det, schedule.dlogsnr(t))
@@ -222,7 +223,8 @@ def draw_t(shape, schedule, t_min=1e-3, density="uniform", generator=None, dtype
     variance is gone (VDM 4.6, Eq. 4.123). Stratified over the last axis, see `sample_t`.
     """
     if density not in T_DENSITIES[:2]:
-        raise ValueError(f"unknown density of t {density!r}: choose from {', '.join(T_DENSITIES[:2])}")
+        raise ValueError(f"unknown density of t {density!r}: "
+                         f"choose from {', '.join(T_DENSITIES[:2])}")
     if density == "uniform":
         t = sample_t(shape, t_min, generator, dtype)
         return t, torch.ones_like(t)

@@ -30,7 +30,7 @@ import variance as variances
 
 
 def ancestral(denoise, z, times, schedule, noise, variance="small", data=None):
-    """Ho et al. 2020, Alg. 2; VDM 3.103; with any of `variance.VARIANCES`, Eq. (3.12) has `small`."""
+    """Ho et al. 2020, Alg. 2; VDM 3.103; any of `variance.VARIANCES`, Eq. (3.12) has `small`."""
     for t, s in zip(times, times[1:]):
         x_hat, _, *out = denoise(z, t)
         mean, var = ddpm.posterior(z, x_hat, s, t, schedule)
