@@ -6,6 +6,7 @@ a flipped byte (where there is a digest), a foreign file or an edited one ends i
 
     config, model, history, optimizer          of every run
     ema, step, seconds, recent                 of images, too: see train_images.py
+    moments                                    of --t-density loss_aware, too: see losses.draw_step
 
 Not here: what a run does with them (`run.py`).
 """
@@ -143,14 +144,25 @@ def has_entries(history, *keys):
         for entry in history)
 
 
+def has_loss_moments(checkpoint):
+    """Has it the mean squares of a chain's terms, `losses.second_moments`, where its times are drawn with them?"""
+    config, moments = checkpoint["config"], checkpoint.get("moments")
+    if config.get("t_density") != "loss_aware":
+        return moments is None
+    return (torch.is_tensor(moments) and moments.shape == (config["timesteps"],) and moments.is_floating_point()
+            and bool((moments.isfinite() & (moments >= 0)).all()))
+
+
 PARTS = {  # what a checkpoint of each kind has besides its config: name, test of the whole checkpoint
     "points": [("model", lambda c: has_weights(c["model"])),
                ("history", lambda c: c["history"] != [] and has_entries(c["history"], "optimum")),
-               ("optimizer", lambda c: has_moments(c["optimizer"], c["model"]))],
+               ("optimizer", lambda c: has_moments(c["optimizer"], c["model"])),
+               ("moments", has_loss_moments)],
     "images": [("model", lambda c: has_weights(c["model"])),
                ("ema", lambda c: has_weights(c["ema"])),
                ("history", lambda c: has_entries(c["history"])),
                ("optimizer", lambda c: has_moments(c["optimizer"]["state"], c["model"])),
+               ("moments", has_loss_moments),
                ("step", lambda c: type(c["step"]) is int and c["step"] >= 0),
                ("seconds", lambda c: is_number(c["seconds"])),
                ("recent", lambda c: isinstance(c["recent"], list) and len(c["recent"]) in (0, 5)

@@ -195,7 +195,7 @@ def draw_folder(folder, one, n, args, device):
                          "another --out")
     run.write(folder / "settings.json", json.dumps(settings, indent=2).encode())
 
-    variance = variances.chosen(config, args.variance, args.sampler, args.steps, args.grid)
+    variance = variances.chosen(config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
     model, size = one.model(device, out=variance in variances.LEARNED), args.batch_size
     how = {key: value for key, value in args.how.items() if key != "variance"} | (
         {"variance": variance} if variance else {})

@@ -92,7 +92,7 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watc
     the runs' own. watch: of a film of it.
     """
     members, variance = len(runs.members), variances.chosen(
-        runs.config, how.pop("variance", None), how.get("sampler", "ancestral"), steps, how.get("grid", "t"))
+        runs.config, how.pop("variance", None), how.get("sampler", "ancestral"), steps, how.get("grid", "t"), t_min)
     if variance:
         how |= dict(variance=variance, data=of_blocks([run.config for run in runs.members], variance))
     evaluations = samplers.evaluations(how.get("sampler"), steps)
@@ -188,7 +188,8 @@ def show(one, result, args):
 
 def table_rows(one, result):
     """What was measured of one Run as a row of a table, and what perfect samples have as another."""
-    facts = {key: result.get(key) for key in ("steps", "sampler", "grid", "eta", "num_samples", "sampling_seed")}
+    facts = {key: result.get(key) for key in (
+        "steps", "sampler", "grid", "eta", "variance", "num_samples", "sampling_seed")}
     best = [*(result[f"{key}_floor"]["mean"] for key in MEASURED[:-1]), result.get("log_density_data")]
     names = [name.replace("_", " ") for name in MEASURED]
     return ({"run": str(one.folder), **dict(zip(names, map(result.get, MEASURED))), **facts},
@@ -213,8 +214,9 @@ def sample(chosen, args, device):
         done += members
         for m, (one, x) in enumerate(zip(group.members, samples)):
             out, config = places[id(one)], one.config
-            result = save(out, one, x, steps=args.steps, **args.how, sampling_seed=args.seed, device=str(device),
-                          seconds=seconds)
+            variance = variances.chosen(config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
+            result = save(out, one, x, steps=args.steps, **args.how | {"variance": variance}, sampling_seed=args.seed,
+                          device=str(device), seconds=seconds)
             if len(chosen) == 1:
                 show(one, result, args)
             lines[id(one)], floor_lines[f"floor, {config['data']}"] = table_rows(one, result)

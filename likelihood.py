@@ -18,6 +18,7 @@ Not here: the exact log-density of the 2D data, `datasets2d.log_prob`, with whic
 
     python likelihood.py                          # the newest run
     python likelihood.py --ckpt runs/rings-* --steps 64            # the bound of 64 discrete steps
+    python likelihood.py --ckpt runs/rings-* --steps 64 --variance large     # beta in place of the thesis's sigma_Q^2
     python likelihood.py --ckpt runs/fashion_mnist-v-mse-s0 --num 500
 """
 import argparse
@@ -130,6 +131,13 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
     return log_p + state[:, -1] + dimensions * schedule.alpha(start).log(), evaluations
 
 
+def variance_of(config, variance, steps):
+    """The variance of the bound of a run. ValueError if it cannot have the one that is asked for."""
+    if variance and not (steps or config.get("timesteps")):
+        raise ValueError("its bound is of continuous time, which has no variance of a step - say of how many, --steps")
+    return variances.chosen(config, variance, steps=steps)
+
+
 def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="logsnr", num_ode=None, ode_steps=64,
              tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
@@ -141,9 +149,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
     chain the bound is that of its own steps and variance, or those asked for, all terms; model: with its `out`.
     """
     images, objective = x.ndim > 2, losses.objective(config)
-    if variance and not (steps or config.get("timesteps")):
-        raise ValueError("its bound is of continuous time, which has no variance of a step - say of how many, --steps")
-    variance, data = variances.chosen(config, variance, steps=steps), None
+    variance, data = variance_of(config, variance, steps), None
     if variance == "best":
         data = run.kind_module(settings.kind(config)).dataset(config)
     shared = dict(target=variances.predicted(config["target"]), schedule=objective["schedule"],
@@ -185,6 +191,13 @@ def file_name(args):
     return f"likelihood{''.join(asked)}.json"
 
 
+def complete(args, one):
+    """The arguments for a Run, with the defaults of its kind of data; of a chain all terms are drawn, each twice."""
+    defaults = args.defaults | one.kind.LIKELIHOOD | ({"draws": 2} if one.config["timesteps"] else {})
+    given = {key: default if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
+    return argparse.Namespace(**vars(args) | given | {"defaults": defaults})
+
+
 def parse(argv):
     """The arguments. Exit code 2 if they are wrong."""
     parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -192,7 +205,7 @@ def parse(argv):
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--num", type=settings.number(int, 2, 10**9), help="test examples (points: 10000, images: 500)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
-                        help="where z_0 and z_1 are (that of training, at least 0.001)")
+                        help="where z_0 and z_1 are, of a chain in the flow alone (that of training, at least 0.001)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of t and noise (0)")
     parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9),
                         help="examples at once (points: 5000, images: 50)")
@@ -228,14 +241,19 @@ def parse(argv):
 
 
 def main(argv=None):
-    args = parse(argv)
-    device, chosen = run.device(args.device), run.chosen(args.ckpt, args.out)
-    run.of_images(args, dict(data_dir="data"), chosen[0][0].config)
-    args.defaults |= chosen[0][0].kind.LIKELIHOOD | ({"draws": 2} if chosen[0][0].config["timesteps"] else {})
-    for key, value in args.defaults.items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    file, lines, show = file_name(args), [], print if len(chosen) == 1 else lambda line: None
+    asked = parse(argv)
+    device, chosen = run.device(asked.device), run.chosen(asked.ckpt, asked.out)
+    run.of_images(asked, dict(data_dir="data"), chosen[0][0].config)
+    for one, _ in chosen:                                  # before hours of work, not after
+        try:
+            variance_of(one.config, asked.variance, asked.steps)
+            if asked.chains:
+                chains.steps_of(one.config, asked.steps)
+        except ValueError as error:
+            raise SystemExit(f"{one.folder}: {error}") from None
+    lines, show = [], print if len(chosen) == 1 else lambda line: None
     for one, out in chosen:
+        args = complete(asked, one)
         x, start = one.kind.test_examples(one.config, args.num, device, args.data_dir), time.perf_counter()
         if len(x) < 2:
             raise SystemExit(f"{one.config['data']} has one test image, and a mean with its error needs two - "
@@ -255,8 +273,6 @@ def main(argv=None):
                 add(len(z))                                                             # noqa: B023
             return prediction
         try:
-            if args.chains:                # now, as what comes first takes minutes
-                chains.steps_of(one.config, args.steps)
             with run.enough_memory("a smaller --batch-size"):
                 terms, evaluations = evaluate(
                     model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
@@ -270,11 +286,12 @@ def main(argv=None):
             raise SystemExit(f"{one.folder}: {error}") from None
         result = tables.likelihood(one, terms, args, show, draws=args.draws, probes=args.probes,
                                    evaluations=evaluations, seconds=time.perf_counter() - start, device=str(device))
+        file = file_name(args)
         run.write(out / file, json.dumps(result, indent=2).encode())
         print(f"wrote {out / file}; {clock.seconds():.1f} s in all")
         lines.append({column: value for name, found in result.items() for column, value in (
             zip((name, f"{name} error"), found) if isinstance(found, tuple) else [(name, found)])})
-    tables.show(lines, args.csv, tables.OF_LIKELIHOOD + tables.OF_CHAINS * bool(args.chains))
+    tables.show(lines, asked.csv, tables.OF_LIKELIHOOD + tables.OF_CHAINS * bool(asked.chains))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,36 @@ def chain_of(config):
         ddpm.SCHEDULES[config["schedule"]], config["timesteps"], config["t_min"])
 
 
+def conflict(config):
+    """What in a run's settings does not go together, and what to do, in words; None if nothing.
+
+    Of the config of a run, or of the arguments of `train.py` with one data, target and loss.
+    """
+    name, loss, learned = config["variance"], config["loss"], config["variance"] in variance.LEARNED
+    if config["timesteps"]:
+        if config["t_min"] < 1e-6 and discrete.smallest_t(ddpm.SCHEDULES[config["schedule"]]) > 0:
+            return (f"--t-min {config['t_min']:g} is for a schedule whose log-SNR is finite at t = 1, "
+                    f"{config['schedule']}'s is not - leave it out")
+        if config["t_density"] == "logsnr":
+            return "--t-density logsnr is of continuous time - leave it or --timesteps out"
+    elif config["t_min"] < 1e-6:
+        return f"--t-min must be in [1e-06, 0.49] without --timesteps, got {config['t_min']:g}"
+    elif name != "small" or config["t_density"] == "loss_aware":
+        what = f"--variance {name}" if name != "small" else "--t-density loss_aware"
+        return f"{what} is of a discrete chain: say of how many steps, --timesteps 1000"
+    if learned and loss not in OF_A_CHAIN:
+        return f"--variance {name} is learned, which --loss {loss} does not do - take vlb or hybrid"
+    if loss == "hybrid" and not learned:
+        return f"--loss hybrid learns a variance, and {name} is fixed - add --variance range"
+    chain = chain_of(config)
+    try:
+        weight(loss, config["target"], chain.times[-1:] if chain else torch.tensor([0.5]),
+               ddpm.SCHEDULES[config["schedule"]], config["stabiliser"], chain)
+    except ValueError as error:            # no weight for this target or schedule
+        return str(error)
+    return None
+
+
 def objective(config):
     """The arguments of `loss` besides model and data, from the config of a run."""
     found = dict(target=config["target"], loss=config["loss"],

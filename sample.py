@@ -84,7 +84,7 @@ def main(argv=None):
     run.of_images(args, IMAGES, chosen[0][0].config)
     for one, _ in chosen:
         try:
-            variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid)
+            variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
             if args.grid == "rescaled":
                 discrete.rescaled(one.schedule, args.steps)
         except ValueError as error:

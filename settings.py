@@ -210,7 +210,8 @@ def fault(config):
             return f"was trained with --{key.replace('_', '-')} {value!s:.40}, which this code does not have - {cure}"
     if of == "points" and config["data"] not in DATASETS and "points" not in config:
         return f"was trained with --data {config['data']:.40}, which this code does not have - {cure}"
-    return None
+    found = losses.conflict(completed(config))
+    return found and f"was trained with settings that do not go together, {found} - give another --ckpt"
 
 
 def default_text(row):

@@ -47,9 +47,9 @@ def likelihood(one, terms, args, show=print, **facts):
     n, dimensions, config = len(terms["bound"]), one.kind.dimension(one.config), one.config
     steps = args.steps or config["timesteps"]
     result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions,
-                  steps=steps, variance=args.variance or config["variance"], uniform=args.uniform,
+                  steps=steps, variance=(args.variance or config["variance"]) if steps else None, uniform=args.uniform,
                   ode_steps=args.ode_steps, tolerance=args.tolerance,
-                  t_min=run.smallest_t(config, args.t_min), seed=args.seed, **facts)
+                  t_min=run.smallest_t(config, args.t_min, "flow"), seed=args.seed, **facts)
     standardised = "" if "points" not in config else " (standardised: in the file's units add {:.4f} nats)".format(
         sum(map(math.log, config["points"]["scale"])))
     show(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}{standardised}, "

@@ -15,8 +15,6 @@ import argparse
 import itertools
 import os
 
-import torch
-
 import checkpoints
 import discrete
 import images
@@ -27,7 +25,6 @@ import run
 import settings
 import train_images
 import train_points
-import variance
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from targets import TARGETS
@@ -82,37 +79,13 @@ def parse(argv):
         parser.error("--stack is for points, images are trained one after the other")
     if args.kind == "points" and args.batch_size > kind_points.POINTS:
         parser.error(f"argument --batch-size: must be in [1, {kind_points.POINTS}], got {args.batch_size}")
-    check_chain(args, parser.error)
-    chain = losses.chain_of(vars(args))
-    try:
-        for loss, target in itertools.product(args.loss, args.target):
-            losses.weight(loss, target, chain.times[-1:] if chain else torch.tensor([0.5]), SCHEDULES[args.schedule],
-                          args.stabiliser, chain)
-    except ValueError as error:            # a loss that has no weight for this target or schedule
-        parser.error(str(error))
-    return args
-
-
-def check_chain(args, error):
-    """error(sentence) for settings of a discrete chain that do not go together."""
-    learned, of_chain = args.variance in variance.LEARNED, [name for name in args.loss if name in losses.OF_A_CHAIN]
-    if args.timesteps:
-        if args.t_min < 1e-6 and discrete.smallest_t(SCHEDULES[args.schedule]) > 0:
-            error(f"argument --t-min: 0 is for a schedule whose log-SNR is finite at t = 1, {args.schedule}'s is not")
-        if args.t_density == "logsnr":
-            error("--t-density logsnr is of continuous time: leave it or --timesteps out")
-    else:
-        if args.t_min < 1e-6:
-            error(f"argument --t-min: must be in [1e-06, 0.49] without --timesteps, got {args.t_min:g}")
-        if args.variance != "small" or args.t_density == "loss_aware":
-            name = f"--variance {args.variance}" if args.variance != "small" else "--t-density loss_aware"
-            error(f"{name} is of a discrete chain: say of how many steps, --timesteps 1000")
-    if learned and len(of_chain) < len(args.loss):
-        error(f"--variance {args.variance} is learned, which --loss vlb and hybrid do: leave out the others")
-    if "hybrid" in args.loss and not learned:
-        error(f"--loss hybrid learns a variance, and {args.variance} is fixed: add --variance range")
+    for loss, target in itertools.product(args.loss, args.target):
+        found = losses.conflict(vars(args) | dict(loss=loss, target=target))
+        if found:
+            parser.error(found)
     if args.variance == "best" and not all(data in DATASETS for data in args.data):
-        error(f"--variance best is known for {', '.join(DATASETS)} alone")
+        parser.error(f"--variance best is known for {', '.join(DATASETS)} alone - take small, large or a learned one")
+    return args
 
 
 def main(argv=None):

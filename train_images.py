@@ -289,7 +289,7 @@ def train(args, device):
             print(f"{folder}: step {last['step']:,}, test losses of the averaged weights: {tests}; "
                   f"{last['seconds']:.0f} s of training, {progress.seconds():.0f} s in all")
     if rank == 0:
-        print("next: " + run.command("sample.py", "--ckpt", folder, "--steps", 500))
+        print("next: " + run.command("sample.py", "--ckpt", folder, "--steps", args.timesteps or 500))
     if world > 1:                                          # together: one that left earlier would abort at exit
         distributed.barrier()
         distributed.destroy_process_group()

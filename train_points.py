@@ -288,5 +288,5 @@ def train(args, device):
             f"best possible {last['optimum']:.4f}", f"{last[f'optimum_{bound}']:.3f}")
         print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), {bound.upper()} "
               f"{last[f'test_{bound}']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
-    following = run.command("sample.py", "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", 512)
-    print(f"{progress.seconds():.0f} s in all; next: {following}")
+    words = "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", args.timesteps or 512
+    print(f"{progress.seconds():.0f} s in all; next: {run.command('sample.py', *words)}")

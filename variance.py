@@ -206,7 +206,7 @@ class Mean(torch.nn.Module):
         return torch.cat([y_hat, out], 1) if self.out and out is not None else y_hat
 
 
-def chosen(config, variance, sampler="ancestral", steps=None, grid="t"):
+def chosen(config, variance, sampler="ancestral", steps=None, grid="t", t_min=None):
     """The variance with which a sampler or a bound takes the steps of a run; None: its own.
 
     None is returned for a sampler that has none. ValueError, one sentence, if that cannot be.
@@ -220,9 +220,10 @@ def chosen(config, variance, sampler="ancestral", steps=None, grid="t"):
     variance = variance or own
     if variance in LEARNED and variance != own:
         raise ValueError(f"it has not learned a variance {variance}, but has {own} - take small or large")
-    if variance not in OF_ANY_STEP and (steps not in (None, T) or grid != "t"):
-        raise ValueError(f"its variance {variance} is that of {T} steps alone - "
-                         f"take --steps {T}, or --variance small or large")
+    own_steps = steps in (None, T) and grid == "t" and t_min in (None, config["t_min"])
+    if variance not in OF_ANY_STEP and not own_steps:
+        raise ValueError(f"its variance {variance} is that of its own {T} steps alone - take "
+                         f"--steps {T} and no --grid or --t-min, or --variance small or large")
     if variance == "best" and ("points" in config or "shape" in config):
         raise ValueError("the best variance is known for the 2D datasets alone - take small or large")
     return variance

@@ -677,7 +677,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("importance.py", 't_min = config["t_min"] if config["timesteps"] else run', "t_min = run"),
     ("importance.py", "variances.chosen(config, variance, steps=steps)", "variance or config['variance']"),
     ("importance.py", "if not log_w.isfinite().all():", "if False:"),
-    ("likelihood.py", "                chains.steps_of(one.config, args.steps)", "                pass"),
+    ("likelihood.py", "                chains.steps_of(one.config, asked.steps)", "                pass"),
     ("likelihood.py", "args.variance, args.t_min, args", "None, args.t_min, args"),
     ("likelihood.py", "args.variance, args.t_min, args", "args.variance, None, args"),
     ("tables.py", 'result["bias_of_chains"] < 0.05', "True"),
