@@ -191,12 +191,14 @@ def discrete_loss(model, x, i, eps, *, steps, target, schedule, t_min=1e-3, **ho
     return steps / x[0].numel() * nats
 
 
-def over_t(errors, t, t_min=1e-3, bins=20, importance=None):
+def over_t(errors, t, t_min=1e-3, bins=20, importance=None, chain=None):
     """Mean error in each of `bins` equal pieces of [t_min, 1 - t_min].
 
     errors, t (..., n) -> (..., bins). importance (..., n): that of `draw_t`, which the errors
-    have as a factor; None where t is uniform.
+    have as a factor; None where t is uniform. A time of a chain between two pieces is of the
+    earlier one, through which its step goes.
     """
+    t = t if chain is None else t - 0.01 * (1 - 2 * t_min) / chain.steps    # beyond rounding
     k = ((t - t_min) / (1 - 2 * t_min) * bins).long().clamp(0, bins - 1)
     zeros = errors.new_zeros(*errors.shape[:-1], bins)
     counts = torch.ones_like(errors) if importance is None else importance

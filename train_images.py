@@ -166,8 +166,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
                          train_loss=loss.mean().item() / world, gradient_norm=norm.mean().item(),
                          gradient_norms=[float(f"{value:.4g}") for value in norm.tolist()],
                          **kind_images.test(ema, test, config, device))
-            over_t = losses.over_t(
-                errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten()).tolist()
+            over_t = losses.over_t(errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten(),
+                                   chain=chain).tolist()
             # nan where no t fell
             entry["train_loss_over_t"] = [float(f"{value:.5g}") if value == value else None for value in over_t]
             seconds = time.perf_counter() - start

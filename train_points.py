@@ -132,7 +132,8 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, mom
         plain = (errors[m] / importance[m]).flatten()
         before = plain.square().mean().expand(chain.steps) if before is None else before
         moments[m] = losses.second_moments(before, chain.index(t[m].flatten()), plain, 1.0)
-    over_t = losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"], importance=importance.flatten(1))
+    over_t = losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"], importance=importance.flatten(1),
+                           chain=chain)
     return errors.mean(2).T, over_t, norms                                                  # errors (M, steps, batch)
 
 
