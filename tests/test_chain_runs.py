@@ -37,9 +37,11 @@ CACHED = optimum.optimal_predictions, optimum.optimal_errors, optimum.optimal_bo
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    """2,500 points to train and to test on in place of 50,000."""
+    """2,500 points to train and to test on in place of 50,000, and no figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind_points, "POINTS", 2500)
+        patch.setattr(plots, "scatter", lambda *arguments, **options: None)
+        patch.setattr(plots, "loss_curve", lambda *arguments: None)
         for function in CACHED:
             function.cache_clear()
         yield
@@ -203,13 +205,11 @@ AWARE = "--timesteps 12 --target v mu_skip --loss vlb --variance log --t-density
 def trained(tmp_path_factory):
     """Runs on the chain of ddpm, t_0 = 0, and on that of cosine, t_0 = 0.001 or given by hand."""
     out = tmp_path_factory.mktemp("chains")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "loss_curve", lambda *arguments: None)
-        fit(out / "range", RANGE)
-        fit(out / "aware", AWARE)
-        fit(out / "best", "--schedule linear --timesteps 7 --target x --loss vlb --variance best --data clusters waves")
-        fit(out / "t", "--schedule cosine --timesteps 7 --t-min 0.05 --target eps --loss mse --variance large")
-        fit(out / "continuous", "--target v")
+    fit(out / "range", RANGE)
+    fit(out / "aware", AWARE)
+    fit(out / "best", "--schedule linear --timesteps 7 --target x --loss vlb --variance best --data clusters waves")
+    fit(out / "t", "--schedule cosine --timesteps 7 --t-min 0.05 --target eps --loss mse --variance large")
+    fit(out / "continuous", "--target v")
     return out
 
 
@@ -350,7 +350,7 @@ def samples_by_hand(one, steps, variance, n, rescaled=False):
 
 @pytest.mark.parametrize("part, words, variance", [
     ("range", "--steps 12", "range"), ("range", "--steps 5", "range"), ("range", "--steps 5 --variance large", "large"),
-    ("range", "--steps 12 --variance best", "best"), ("range", "--steps 4 --variance small", "small"),
+    ("range", "--steps 4 --variance small", "small"),
     ("range", "--steps 24 --grid rescaled", "range"), ("aware", "--steps 12", "log"), ("best", "--steps 7", "best"),
     ("best", "--steps 3", "best"), ("t", "--steps 7", "large"), ("t", "--steps 4 --variance best", "best")])
 def test_samples_are_the_chain_by_hand(trained, tmp_path, part, words, variance):
@@ -390,16 +390,15 @@ def test_a_run_that_predicts_the_mean_opens_as_one_that_predicts_x(trained, name
 
 
 def test_a_film_a_curve_and_a_table_of_runs_on_a_chain(trained, tmp_path, capsys):
-    folders = [str(path) for path in sorted((trained / "range").iterdir())]
+    folders = [str(path) for path in sorted((trained / "range").iterdir())][1:3]
     sample.main(["--ckpt", *folders, "--steps", "4", "--num-samples", "50", "--movie", "--variance", "large",
                  "--csv", str(tmp_path / "table.csv"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     lines = list(csv.DictReader((tmp_path / "table.csv").open()))
-    assert [line["variance"] for line in lines] == 5 * ["large"]
+    assert [line["variance"] for line in lines] == 3 * ["large"]
     assert all((tmp_path / "out" / Path(folder).name / "samples.gif").read_bytes().startswith(b"GIF8")
                for folder in folders)
     plots.main([*folders, "--out", str(tmp_path / "curves.png")])
-    plots.loss_curve((one := run.open(folders[0])).history, one.config, tmp_path / "loss.png")
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "loss.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     sample.main(["--ckpt", folders[0], "--sampler", "ddim", "--variance", "none", "--steps", "3", "--num-samples", "50",
                  "--out", str(tmp_path), "--device", "cpu"])
     assert json.loads((tmp_path / "metrics.json").read_text())["variance"] is None     # a sampler that has none
