@@ -150,6 +150,9 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, folder, tmp_path, monkeypatch
     train.main([*argv, "--resume"])
     assert same(run.load(trained[name]), run.load(only(tmp_path)))
     if name == "aware":
+        run.save(only(tmp_path) / "ckpt.pt", state | {"moments": torch.ones(5)})
+        with pytest.raises(SystemExit, match="its moments is not that of a run on images"):
+            run.open(only(tmp_path))
         run.save(only(tmp_path) / "ckpt.pt", state | {"moments": torch.ones(4)})
         train.main([*argv, "--resume"])
         assert not same(run.load(trained[name])["model"], run.load(only(tmp_path))["model"])

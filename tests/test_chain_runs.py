@@ -250,6 +250,21 @@ def test_a_killed_stack_goes_on_bit_for_bit(trained, tmp_path, monkeypatch, part
 
 
 
+def test_moments_are_those_of_the_steps_or_the_checkpoint_is_refused(trained, tmp_path):
+    one, other = run.load(trained / "aware/clusters-v-vlb-s0"), run.load(trained / "range/clusters-eps-hybrid-s0")
+    assert one["moments"].shape == (12,) and "moments" not in other
+    right, sentence = one["moments"], "its moments is not that of a run on points - choose another, or train it again"
+    bad = [None, 1.0, [1.0] * 12, right[:11], right[None], right.long(), -right, right * math.inf,
+           right.index_fill(0, torch.tensor([3]), math.nan), {}]
+    for state in [*(one | {"moments": value} for value in bad), other | {"moments": right},
+                  {key: value for key, value in one.items() if key != "moments"}]:
+        run.save(tmp_path / "ckpt.pt", state)
+        with pytest.raises(SystemExit, match=sentence):
+            run.open(tmp_path)
+    run.save(tmp_path / "ckpt.pt", one | {"moments": 0 * right})
+    assert run.open(tmp_path).checkpoint["moments"].sum() == 0
+
+
 def bare(one, dtype=torch.float64):
     """The network of a run as it was trained, without what `Run.model` puts around it."""
     model = kind_points.build_model(one.config)
@@ -560,12 +575,12 @@ def test_mistakes_in_likelihoods_are_known_before_the_first_is_computed(trained,
 def test_the_best_variance_of_own_points_is_not_known(trained, tmp_path, monkeypatch, capsys):
     """Nor is it for a run on a chain of them; the others are."""
     monkeypatch.chdir(tmp_path)
-    np.save("points.npy", torch.randn(700, 2, generator=torch.Generator().manual_seed(0)).numpy())
-    argv = ["--data", "points.npy", *FAST[2:], "--timesteps", "5", "--loss", "hybrid", "--variance", "range"]
+    np.save("mine.npy", torch.randn(700, 2, generator=torch.Generator().manual_seed(0)).numpy())
+    argv = ["--data", "mine.npy", *FAST[2:], "--timesteps", "5", "--loss", "hybrid", "--variance", "range"]
     train.main([*argv, "--epochs", "1"])
     for main, words in (sample.main, ["--steps", "5"]), (likelihood.main, ["--num", "9"]):
         code, text = ends(capsys, main, "--variance", "best", *words)
         assert code == 1 and "the best variance is known for the 2D datasets alone - take small or large" in text
         main([*words, "--device", "cpu"])
-    last = run.open("runs/points.npy-eps-hybrid-s0").history[-1]
+    last = run.open("runs/mine.npy-eps-hybrid-s0").history[-1]
     assert last["optimum_vlb"] is None and last["test_vlb"] > 0

@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+import kind_points
+import likelihood
 import run
 import sample
 import settings
@@ -36,6 +38,18 @@ def here(tmp_path, monkeypatch):
         Image.fromarray(g.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "dots" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_an_old_run_has_no_chain_and_the_small_variance(here):
+    """Samples and bound are those that are asked for with it, and others with beta."""
+    one = run.open("runs/rings-v-mse-s0")
+    assert (one.config["timesteps"], one.config["variance"], one.target) == (None, "small", "v")
+    draw = lambda **how: kind_points.draw(one, 4, 20, **how)
+    assert torch.equal(draw(), draw(variance="small")) and (draw() - draw(variance="large")).abs().max() > 0.1
+    x = kind_points.load(one.config)[:20].double()
+    bound = lambda *variance: likelihood.evaluate(one.model().double(), x, one.config, 16, 4, *variance, num_ode=0,
+                                                  generator=torch.Generator().manual_seed(0))[0]["bound"].mean()
+    assert bound() == bound("small") > bound("large")
 
 
 @pytest.mark.parametrize("name", TRAIN)

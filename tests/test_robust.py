@@ -103,7 +103,8 @@ def complaint(capsys, main, *argv):
 
 # Numbers: of each option some values of no number, not finite, out of range
 WORDS = ["", "x", "nan", "inf", "-1", "1e400", "9" * 25]
-TRAIN_POINTS = ["t-min", "stabiliser", "epochs", "batch-size", "lr", "width", "seed", "seeds", "stack"]
+TRAIN_POINTS = ["t-min", "stabiliser", "epochs", "batch-size", "lr", "width", "seed", "seeds", "stack", "timesteps",
+                "vlb-weight"]
 TRAIN_IMAGES = ["image-size", "channels", "channel-mult", "layers", "mid-blocks", "attention", "ema", "warmup",
                 "clip-norm", "minutes", "test-every", "grid-every"]
 NUMBERS = [
@@ -112,14 +113,16 @@ NUMBERS = [
     (likelihood.main, ["--ckpt", POINTS], ["num", "t-min", "seed", "batch-size", "draws", "steps", "num-ode",
                                            "ode-steps", "tolerance", "probes"]),
     (images.main, ["dots"], ["image-size"]), (metrics.main, ["dots", "mixed"], ["dims"])]
-ZEROS = [(train.main, words, [name for name in names if name not in ("stabiliser", "seed", "attention", "ema")])
+ZEROS = [(train.main, words, [name for name in names if name not in ("stabiliser", "seed", "attention", "ema",
+                                                              "vlb-weight")])
          for words, names in [([], TRAIN_POINTS), (["--data", "dots"], TRAIN_IMAGES)]]
 
 SPARE, LONG = ["--data", "dots", "--batch-size", "4", "--channels", "4", "--layers", "1"], "a" * 300
 LINES = [  # main, its arguments
     *[(train.main, [f"--{name}"]) for name in ("target", "data", "loss", "lr", "out", "nonsense", "tagret", "ema")],
     *[(train.main, [f"--{name}", word]) for name, word in itertools.product(
-        ["data", "target", "loss", "schedule", "t-density", "device"], ["", "swis_roll", "epz", "..\0", LONG, "a b"])],
+        ["data", "target", "loss", "schedule", "t-density", "variance", "device"],
+        ["", "swis_roll", "epz", "..\0", LONG, "a b"])],
     *[(train.main, ["--data", word]) for word in ("empty", "broken", "links", "truncated", "mixed", "single", "file",
                                                   "loop", "nowhere/..", "one pixel")],
     *[(train.main, ["--data", word]) for word in (
@@ -137,6 +140,7 @@ LINES = [  # main, its arguments
         ["--data", "dots", "dots/../dots", "--batch-size", "4"], ["positional"], ["--device", "gpu"],
         ["--target", "v", "--width", "8", "--epochs", "5", "--batch-size", "10000", "--resume"],
         ["--target", "v", "--width", "8", "--epochs", "4", "--batch-size", "10000"],
+        ["--timesteps", "9", "--data", "dots", "--batch-size", "4", "--variance", "best"], ["--timesteps", "9", "9"],
         ["--schedule", "cosine", "linear"], ["--t-min", "0.5"], ["--seed", "1.5"], ["--ema", "0.9"])],
     *[(main, ["--ckpt", word]) for main in (sample.main, likelihood.main)
       for word in ("", "nowhere", "file", "loop", "dots", "dots/0.png", LONG, "x\0y", "runs", "bad.npz")],
@@ -145,14 +149,18 @@ LINES = [  # main, its arguments
     *[(sample.main, ["--ckpt", POINTS, *words]) for words in (
         ["--fid"], ["--no-fid"], ["--clip"], ["--no-clip"], ["--overwrite"], ["--batch-size", "5"],
         ["--fid-split", "train"], ["--fid-split", "val"], ["--inception-weights", "x"], ["--data-dir", "dots"],
+        ["--variance", "log"], ["--variance", "none"], ["--grid", "rescaled"], ["--variance", ""],
+        ["--variance", "large", "--sampler", "ddim"], ["--grid", "rescaled", "--sampler", "heun"],
         ["--eta", "0.5"], ["--sampler", "plms"], ["--grid", "x"], ["--device", "tpu"], ["--ckpt"],
         [IMAGES], ["--steps"], ["--eta"], ["--sampler", "heun", "--eta", "1"])],
     *[(sample.main, ["--ckpt", IMAGES, *words]) for words in (
-        ["--fid"], ["--fid", "--num-samples", "4096", "--inception-weights", "nowhere"],
+        ["--variance", "best"], ["--variance", "range"], ["--fid"],
+        ["--fid", "--num-samples", "4096", "--inception-weights", "nowhere"],
         ["--fid", "--num-samples", "4096", "--inception-weights", "file"], ["--data-dir", ""])],
     (sample.main, ["--ckpt", POINTS, IMAGES]), (likelihood.main, ["--ckpt", POINTS, IMAGES]),
     (sample.main, ["--ckpt", POINTS, f"{POINTS}/ckpt.pt", "--out", "both"]),
     *[(likelihood.main, ["--ckpt", POINTS, *words]) for words in (
+        ["--variance", "large"], ["--variance", "log", "--steps", "4"], ["--variance", "none", "--steps", "4"],
         ["--num-ode", "1"], ["--uniform", "snr"], ["--data-dir", "dots"], ["--device", "tpu"], ["--ckpt"], ["--num"])],
     *[(main, ["--ckpt", POINTS, "--csv", word]) for main in (sample.main, likelihood.main)
       for word in ("", "dots", "loop", LONG, "file/table.csv", "x\0y", "pipe.npy")],
@@ -185,9 +193,12 @@ def test_bad_command_lines(here, capsys, monkeypatch):
 RINGS = ["--target", "v", "--width", "8", "--epochs", "4", "--batch-size", "10000", "--device", "cpu"]
 VALUES = [None, True, -1, 0.5, 1e300, float("nan"), "word", "", [], [1], {}, {1: 2}, int("9" * 4000),
           json.loads("[" * 200 + "]" * 200), "a" * 10_000]
-KEYS = {"rings": ["width", "lr", "schedule", "t_min", "epochs", "batch_size", "stabiliser", "target", "data", "seed"],
-        "dots": ["shape", "channels", "channel_mult", "attention", "ema", "skips", "precision", "flip"]}
-RIGHT = [("lr", 0.5), ("stabiliser", 0.5), ("flip", True), ("ema", 0.5), ("channel_mult", [1]), ("attention", [1])]
+KEYS = {"rings": ["width", "lr", "schedule", "t_min", "epochs", "batch_size", "stabiliser", "target", "data", "seed",
+                  "timesteps", "variance", "vlb_weight", "t_density"],
+        "dots": ["timesteps", "variance", "vlb_weight", "t_density", "shape", "channels", "channel_mult",
+                 "attention", "ema", "skips", "precision", "flip"]}
+RIGHT = [("timesteps", None), ("vlb_weight", 0.5), ("lr", 0.5), ("stabiliser", 0.5), ("flip", True), ("ema", 0.5),
+         ("channel_mult", [1]), ("attention", [1])]
 PARTS = {"rings": ["config", "model", "optimizer", "history"],
          "dots": ["config", "model", "ema", "optimizer", "history", "step", "seconds", "recent"]}
 
@@ -204,6 +215,12 @@ def edits(kind, state):
     entry, weight = state["history"][0], next(iter(state["model"]))
     found |= {f"history {change}": state | {"history": [entry | change]}
               for change in ({"test_loss": "x"}, {"seconds": {}}, {"a": [[1]]}, {"train_loss_over_t": ["x"]})}
+    found |= {f"{change}": state | {"config": state["config"] | change} for change in (
+        {"t_min": 0.0}, {"variance": "log"}, {"target": "mu"}, {"loss": "vlb"}, {"t_density": "loss_aware"},
+        {"timesteps": 4, "t_min": 0.0}, {"timesteps": 4, "t_density": "logsnr"}, {"timesteps": 4, "variance": "log"},
+        {"timesteps": 4, "loss": "hybrid"}, {"timesteps": 4, "t_density": "loss_aware"},
+        {"timesteps": 4, "loss": "vlb", "variance": "log"})}
+    found |= {f"moments {value!s:.20}": state | {"moments": value} for value in (torch.ones(4), [1.0], 0, {})}
     if kind == "rings":
         short = {key: value[:, :1] if value.ndim else value for key, value in state["optimizer"][0].items()}
         found["moments"] = state | {"optimizer": state["optimizer"] | {0: short}}

@@ -146,6 +146,43 @@ def test_numbers_are_in_their_range(kind, low, high, wrong, message):
     assert parse("3") == 3 and isinstance(parse("3"), kind) and parse(str(low)) == low
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"t_min": 0}, r"--t-min must be in \[1e-06, 0.49\] without --timesteps, got 0"),
+    ({"variance": "log"}, "--variance log is of a discrete chain"),
+    ({"t_density": "loss_aware"}, "loss_aware is of a discrete chain"), ({"loss": "vlb"}, "loss vlb is of a discrete"),
+    ({"target": "mu"}, "target mu is the mean of a step"), ({"timesteps": 9, "t_min": 0}, "cosine's is not"),
+    ({"timesteps": 9, "t_density": "logsnr"}, "logsnr is of continuous time"),
+    ({"timesteps": 9, "variance": "range"}, "which --loss mse does not do"),
+    ({"timesteps": 9, "loss": "hybrid"}, "small is fixed"), ({"loss": "nelbo_stable", "target": "u"}, "has no weight")])
+def test_a_config_whose_settings_do_not_go_together_is_one_sentence(change, message):
+    """As a hand wrote it into a checkpoint; the command line refuses the same, with code 2."""
+    config, = settings.configs(train.parse([]))
+    found = settings.fault(config | change)
+    assert found.startswith("was trained with settings that do not go together, ") and "\n" not in found
+    assert re.search(message, found) and found.endswith(" - give another --ckpt")
+
+
+@pytest.mark.parametrize("key, values", [
+    ("timesteps", [1, 0, -9, 2.5, True, "9", [9], 10**5, math.inf]), ("variance", [None, "beta", 1, ["log"]]),
+    ("vlb_weight", [-1, None, "1", math.nan, math.inf, 10**7])])
+def test_nonsense_in_the_settings_of_a_chain_is_noticed(key, values):
+    config, = settings.configs(train.parse(["--timesteps", "9", "--loss", "hybrid", "--variance", "log"]))
+    for value in values:
+        assert f"was trained with --{key.replace('_', '-')} " in settings.fault(config | {key: value}), value
+
+
+@pytest.mark.parametrize("words", [
+    "--timesteps 2", "--timesteps 9 --schedule ddpm --t-min 0", "--timesteps 9 --schedule linear",
+    "--timesteps 9 --t-min 0.2", "--timesteps 9 --loss hybrid --variance direct --t-density loss_aware",
+    "--timesteps 9 --loss mse nelbo vlb --variance large --target mu F", "--timesteps 9 --variance best",
+    "--timesteps 9 --schedule ddpm --t-min 1e-9"])
+def test_settings_of_a_chain_that_go_together(words):
+    args = train.parse(words.split())
+    assert [settings.fault(config) for config in settings.configs(args)] == len(args.loss) * len(args.target) * [None]
+    zero = args.schedule in ("ddpm", "linear") and "--t-min" not in words
+    assert args.t_min == (0.0 if zero else args.t_min) and (zero or args.t_min > 0 or "--t-min 0" in words)
+
+
 def test_paths_are_checked_as_they_are_read(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
