@@ -84,27 +84,31 @@ SHADES = plt.get_cmap("Blues")(np.linspace(0, 0.45, 11))      # of a density, li
 
 
 def curves(runs, path):
-    """Test losses of Runs over epochs, log scale, a panel for each dataset, loss and schedule: others do not compare.
+    """Test losses of Runs over epochs, log scale where none is negative, as a bound can be.
 
-    Dashed is the best possible, where it is known.
+    A panel for each dataset, loss, schedule and number of timesteps: others do not compare. Dashed is the best
+    possible, where it is known.
     """
     panels = {}
     for one in runs:
-        panels.setdefault(tuple(map(one.config.get, ("data", "loss", "schedule"))), []).append(one)
+        panels.setdefault(tuple(map(one.config.get, ("data", "loss", "schedule", "timesteps"))), []).append(one)
     width = min(len(panels), 4)
     fig, axes = plt.subplots(-(-len(panels) // width), width, squeeze=False,
                              figsize=(max(5.5, 4 * width), 3.8 * -(-len(panels) // width)))
     for ax in axes.flat[len(panels):]:
         ax.remove()
-    for ax, ((data, loss, schedule), members) in zip(axes.flat, panels.items()):
-        alike = len({one.target for one in members}) < len(members)            # two of one target: their own colours
+    for ax, ((data, loss, schedule, timesteps), members) in zip(axes.flat, panels.items()):
+        targets = [one.config["target"] for one in members]                    # two of one target: their own colours
+        colours = {} if len(set(targets)) < len(targets) else COLOURS
         for i, one in enumerate(members):
-            colour, optimum = f"C{i}" if alike else COLOURS.get(one.target, f"C{i}"), one.history[-1].get("optimum")
+            colour, optimum = colours.get(targets[i], f"C{i}"), one.history[-1].get("optimum")
             ax.plot([h["epoch"] for h in one.history], [h["test_loss"] for h in one.history], color=colour,
                     marker="." if len(one.history) < 5 else None, label=one.folder.name)
             if optimum is not None:
                 ax.axhline(optimum, color=colour, linestyle="--", linewidth=1)
-        ax.set(yscale="log", xlabel="epoch", ylabel=f"test loss, {loss}", title=f"{Path(data).name}, {schedule}")
+        positive = all(h["test_loss"] > 0 for one in members for h in one.history)
+        ax.set(yscale="log" if positive else "linear", xlabel="epoch", ylabel=f"test loss, {loss}",
+               title=f"{Path(data).name}, {schedule}" + (f", T = {timesteps}" if timesteps else ""))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     fig.tight_layout()

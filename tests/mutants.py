@@ -141,7 +141,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("plots.py", "-samplers.denoiser(model, **how)(z, t)[1]", "samplers.denoiser(model, **how)(z, t)[1]"),
     ("plots.py", "z = coarse * scale", "z = coarse"),
     ("plots.py", "if s >= t - 1e-6]", "]"),
-    ("plots.py", "alike = len({one.target for one in members}) < len(members)", "alike = False"),
+    ("plots.py", "colours = {} if len(set(targets)) < len(targets) else COLOURS", "colours = COLOURS"),
     ("tables.py", "for line in cells if len(rows) > 1 else []:", "for line in cells:"),
     # The likelihood
     ("decoders.py", "(x**2 - 1)", "(x**2)"),

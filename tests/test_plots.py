@@ -119,6 +119,19 @@ def test_curves_of_runs_are_in_a_panel_for_each_loss_with_their_optimum_if_there
     assert third.get_title() == "photos, cosine" and third.get_ylabel() == "test loss, mse"
 
 
+def test_curves_of_chains_have_a_panel_for_each_length_and_a_bound_may_be_negative(saved):
+    """A network that predicts the mean is opened as one of x, and is not drawn as one."""
+    history = [dict(epoch=1, test_loss=0.5, optimum=-1.0), dict(epoch=2, test_loss=-0.5, optimum=-1.0)]
+    runs = [fake("a", "x", history, loss="vlb", timesteps=9), fake("b", "mu", history, loss="vlb", timesteps=9),
+            fake("c", "x", [history[0]], loss="vlb", timesteps=7)]
+    runs[1].target = "x"
+    plots.curves(runs, "path")
+    first, second = saved[0].axes
+    assert (first.get_yscale(), second.get_yscale()) == ("linear", "log")
+    assert first.lines[0].get_color() == plots.COLOURS["x"] != first.lines[2].get_color()
+    assert (first.get_title(), second.get_title()) == ("rings, cosine, T = 9", "rings, cosine, T = 7")
+
+
 def test_the_script_draws_runs_and_says_what_is_wrong(monkeypatch, tmp_path, capsys):
     drawn = []
     monkeypatch.setattr(plots, "curves", lambda runs, path: drawn.append((runs, path)))
