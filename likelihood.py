@@ -265,12 +265,13 @@ def main(argv=None):
                   f"{seconds / done * (len(x) - done):.0f} s left", flush=True)     # noqa: B023
         network = threads.shared(one.model(device, out=True).to(x.dtype), device)
         examples = 0 if args.tolerance else len(x) if args.num_ode is None else min(args.num_ode, len(x))
-        add = clock.counter("flow", 4 * args.ode_steps * examples, "evaluations, one an example")
+        of_flow = clock.counter("flow", 4 * args.ode_steps * examples, "evaluations, one an example")
+        T = (args.steps or one.config["timesteps"]) if one.config["timesteps"] else 1
+        of_bound = clock.counter("bound", args.draws * T * len(x), "evaluations, one an example")
 
         def model(z, t):
             prediction = network(z, t)                                                  # noqa: B023
-            if torch.is_grad_enabled():                        # the flow takes the time
-                add(len(z))                                                             # noqa: B023
+            (of_flow if torch.is_grad_enabled() else of_bound)(len(z))                  # noqa: B023
             return prediction
         try:
             with run.enough_memory("a smaller --batch-size"):

@@ -485,6 +485,20 @@ def test_the_flow_of_a_chain_goes_down_to_a_thousandth_with_the_prediction_of_x_
         assert_close(terms["exact"], -expected, rtol=1e-5, atol=0)
 
 
+def test_what_a_likelihood_evaluates_is_counted(trained, tmp_path, monkeypatch):
+    """For the line that says how long it takes: of a chain all terms, of continuous time the draws, and the flow."""
+    done, totals = {}, {}
+    monkeypatch.setattr(likelihood.clock, "counter", lambda what, total, unit: totals.update({what: total}) or (
+        lambda n: done.update({what: done.get(what, 0) + n})))
+    for name, words, terms in (("range/clusters-eps-hybrid-s0", ["--batch-size", "7"], 12), (
+            "range/clusters-eps-hybrid-s0", ["--steps", "5", "--variance", "large"], 5), (
+            "continuous/clusters-v-mse-s0", ["--draws", "2"], 1)):
+        likelihood.main(["--ckpt", str(trained / name), "--num", "10", "--ode-steps", "3", "--device", "cpu", "--out",
+                         str(tmp_path), *words])
+        assert done == totals == {"flow": 4 * 3 * 10, "bound": 2 * terms * 10}
+        done.clear()
+
+
 def test_runs_with_and_without_a_chain_in_one_call_have_their_own_defaults(trained, tmp_path):
     folders = [trained / "continuous/clusters-v-mse-s0", trained / "range/clusters-eps-hybrid-s0"]
     argv = ["--ckpt", *map(str, folders), "--num", "20", "--num-ode", "0", "--out", str(tmp_path), "--device", "cpu"]
