@@ -220,7 +220,7 @@ def chosen(config, variance, sampler="ancestral", steps=None, grid="t", t_min=No
     variance = variance or own
     if variance in LEARNED and variance != own:
         raise ValueError(f"it has not learned a variance {variance}, but has {own} - take small or large")
-    own_steps = steps in (None, T) and grid == "t" and t_min in (None, config["t_min"])
+    own_steps = steps in (None, T) and grid == "t" and t_min in (None, config.get("t_min"))
     if variance not in OF_ANY_STEP and not own_steps:
         raise ValueError(f"its variance {variance} is that of its own {T} steps alone - take "
                          f"--steps {T} and no --grid or --t-min, or --variance small or large")
