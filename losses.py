@@ -113,8 +113,8 @@ def conflict(config):
     name, loss, learned = config["variance"], config["loss"], config["variance"] in variance.LEARNED
     if config["timesteps"]:
         if config["t_min"] < 1e-6 and discrete.smallest_t(ddpm.SCHEDULES[config["schedule"]]) > 0:
-            return (f"--t-min {config['t_min']:g} is for a schedule whose log-SNR is finite at t = 1, "
-                    f"{config['schedule']}'s is not - leave it out")
+            return (f"--t-min {config['t_min']:g} is for a schedule whose log-SNR is finite at "
+                    f"t = 1, {config['schedule']}'s is not - leave it out")
         if config["t_density"] == "logsnr":
             return "--t-density logsnr is of continuous time - leave it or --timesteps out"
     elif config["t_min"] < 1e-6:
