@@ -188,8 +188,8 @@ def test_defaults_are_the_documented_ones():
                   timesteps=None, variance="small", vlb_weight=1e-3)
     images = dict(data_dir="data", image_size=None, skip_corrupt=False, preset="ddpm", channels=None,
                   channel_mult=None, layers=None, mid_blocks=None, attention=None, precision="auto", ema=0.9999,
-                  warmup=1000, clip_norm=1.0, minutes=math.inf, test_every=2000, grid_every=10_000, compile=None,
-                  dropout=0.0, flip=None)
+                  warmup=1000, clip_norm=1.0, minutes=math.inf, train_steps=math.inf, test_every=2000,
+                  grid_every=10_000, compile=None, dropout=0.0, flip=None)
     assert args == dict(kind="points", **dict.fromkeys(images), **shared, data=["rings"], epochs=100, batch_size=512,
                         lr=1e-3, width=128)
     of_images = train.parse(["--data", "cifar10"])
