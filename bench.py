@@ -33,7 +33,7 @@ import train
 import train_points
 import unet
 from datasets2d import DATASETS
-from targets import TARGETS
+from targets import OF_A_STEP, TARGETS
 
 
 def plain_epoch(model, optimizer, loader, device):
@@ -262,7 +262,8 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=settings.number(int, 1, kind_points.POINTS),
                         help="(points: 512; images: 16 on a CPU, else 128)")
     parser.add_argument("--width", type=settings.number(int, 1), default=128, help="of the hidden layers, points (128)")
-    parser.add_argument("--target", choices=TARGETS, default="eps", help="of our loop, points (eps)")
+    parser.add_argument("--target", choices=[name for name in TARGETS if name not in OF_A_STEP], default="eps",
+                        help="of our loop, points (eps)")
     parser.add_argument("--channels", type=settings.number(int, 32), default=128,
                         help="of the UNets' first block (128)")
     parser.add_argument("--rounds", type=settings.number(int, 1), default=7, help="epochs or steps of each (7)")

@@ -20,11 +20,12 @@ import tables
 import variance as variances
 from datasets2d import DATASETS
 from decoders import gaussian, prior
-from study import CHAINS, Missing, cell, floor, gaps, rows
+from study import CHAINS, Missing, cell, gaps, rows
 
 EPOCHS, DRAWS = 30, 200_000            # of training; of a term of the bound, for each network
 SETS = "clusters", "rings"             # where steps are few and variances are compared
 EXACT = "small", "large", "best"       # variances for the exact denoiser
+FEWER = 25, 50, 100                    # steps of a chain of 1000
 DISTANCES = "mean_distance", "covariance_distance", "sliced_wasserstein"
 
 
@@ -34,7 +35,7 @@ def bits(nats):
 
 
 @torch.no_grad()
-def bound(model, x, *, chain, target, variance, data=None, decoder=gaussian, stabiliser=0.0, t_min=0.0, draws=DRAWS,
+def bound(model, x, *, chain, target, variance, data=None, decoder=gaussian, stabiliser=0.0, t_min=0.0, draws=None,
           pilot=32, generator=None):
     """The bound on -log p, a mean over data x, and its standard error, in nats, of so many drawn terms.
 
@@ -42,6 +43,7 @@ def bound(model, x, *, chain, target, variance, data=None, decoder=gaussian, sta
     before: most of the bound is in the first steps.
     """
     how = dict(chain=chain, target=target, variance=variance, data=data, decoder=decoder, stabiliser=stabiliser)
+    draws = draws or DRAWS
 
     def terms(i):
         found = []
@@ -128,11 +130,12 @@ def samples(study):
                 found = list(study.sampled(runs, T, variance=None if of == name else of).values())
                 lines.append([data, str(T), of, *(cell([result[d] for result in found]) for d in DISTANCES),
                               cell(gaps(found))])
-        lines.append([data, "floor", "", *(floor(found[0], d) for d in DISTANCES), "0"])
+        floors, _ = kind_points.floor(dict(data=data), study.args.num_samples)
+        lines.append([data, "floor", "", *("{:.3f} +- {:.3f}".format(*floors[d]) for d in DISTANCES), "0"])
     text = ["**Each chain in its own T steps**, schedule iddpm, eps", ""] + rows(
         ["data", "T", "variance", "mean distance", "covar. dist.", "sliced Wasserstein", "log-density gap"], lines)
     lines = []
-    for data, n, (grid, title), of in itertools.product(SETS, (25, 50, 100), (("t", "skip"), ("rescaled", "rescale")),
+    for data, n, (grid, title), of in itertools.product(SETS, FEWER, (("t", "skip"), ("rescaled", "rescale")),
                                                         ("small", "large")):
         runs = trained(study, "chain-small", "mse", "eps", [data])
         found = list(study.sampled(runs, n, "ancestral", grid, None if (grid, of) == ("t", "small") else of).values())
@@ -153,13 +156,13 @@ CHAINS_DRAWN, TESTED = 1000, 200       # of importance sampling, for each of so 
 OWN = [(T, name) for T in (10, 30) for name in ("small", "large", "range", "best")]
 
 
-def own_of(model, data, T, target, variance, dtype, chains=CHAINS_DRAWN):
+def own_of(model, data, T, target, variance, dtype):
     """{"bound", "own": gap to the entropy of the same points, its standard error over them; "size"}, in nats."""
     mixture = DATASETS[data]
     x = kind_points.load(dict(data=data))[:TESTED].to(dtype)
     with torch.no_grad():
         log_w = importance.log_weights(model, x, target=target, variance=variance, schedule=ddpm.SCHEDULES["iddpm"],
-                                       steps=T, data=mixture, chains=chains,
+                                       steps=T, data=mixture, chains=CHAINS_DRAWN,
                                        generator=run.generator("cpu", "importance")).double()
     surprise = -mixture.log_prob(x.double())
     return {"bound": tables.mean_and_error(-log_w.mean(0) - surprise),

@@ -210,8 +210,8 @@ class Study:
         def measure(one):
             config = one.config
             x = kind_points.test_examples(config, n, self.device)
-            model = one.model(self.device).to(x.dtype)
-            terms, _ = likelihood.evaluate(model, x, config, DRAWS, ode_steps=ODE_STEPS,
+            model = one.model(self.device, out=True).to(x.dtype)
+            terms, _ = likelihood.evaluate(model, x, config, 2 if config["timesteps"] else DRAWS, ode_steps=ODE_STEPS,
                                            generator=run.generator(self.device, "likelihood"))
             terms["entropy"] = -DATASETS[config["data"]].log_prob(x.cpu())
             gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
@@ -287,7 +287,7 @@ def cell(values):
 
 def gaps(results):
     """Mean log-density of samples under the data's density minus that of the data, in nats: above 0 is too sharp."""
-    return [result["log_density"] - result["log_density_data"] for result in results]
+    return [found["log_density"] and found["log_density"] - found["log_density_data"] for found in results]
 
 
 def floor(result, name):
