@@ -4,6 +4,7 @@ Part of `reproduce_foundations.py`, which says what the functions are. Read `var
 
 Not here: the tables of Foundations, which compare means, variances and losses at T = 1000.
 """
+import functools
 import itertools
 import math
 
@@ -71,6 +72,7 @@ def bound_of_run(one, names):
                         generator=run.generator("cpu", "bound")) for name in names}
 
 
+@functools.cache
 def exact_bound(data, schedule, steps, variance):
     """The same of the exact denoiser, in float64."""
     mixture, schedule = DATASETS[data], ddpm.SCHEDULES[schedule]
@@ -87,9 +89,9 @@ def trained(study, recipe, loss, target, data=tuple(DATASETS)):
     return study.trained(recipe, [loss], list(data), [target], min(study.args.epochs, EPOCHS))
 
 
-def of_steps(study, T, name, loss):
+def of_steps(study, T, name, loss, target="v"):
     """Networks of the chain of T steps of schedule iddpm, on SETS."""
-    return trained(study, f"steps-{T}-{name}", loss, "eps", SETS)
+    return trained(study, f"steps-{T}-{name}", loss, target, SETS)
 
 
 LEARNT = [("small", "mse", ["small", "large", "best"]), ("log", "hybrid", ["log"]), ("range", "hybrid", ["range"])]
@@ -98,22 +100,22 @@ LEARNT = [("small", "mse", ["small", "large", "best"]), ("log", "hybrid", ["log"
 def learned(study):
     """The bound with every variance at four numbers of steps, and how much of the gain the range gets."""
     lines, errors = [], []
-    for data, T in itertools.product(SETS, CHAINS):
-        found, line = {}, [data, str(T)]
+    for target, data, T in itertools.product(("v", "eps"), SETS, CHAINS):
+        found, line = {}, [target, data, str(T)]
         for name, loss, names in LEARNT:
-            runs = of_steps(study, T, name, loss)
+            runs = of_steps(study, T, name, loss, target)
             results = study.measured(runs, "bound", lambda one: bound_of_run(one, names))    # noqa: B023
             for of in names:
-                values = [results[data, "eps", loss, seed][of] for seed in range(study.args.seeds)]
+                values = [results[data, target, loss, seed][of] for seed in range(study.args.seeds)]
                 found[of] = [value - entropy(data) for value, _ in values]
                 errors += [error for _, error in values]
         exact = [exact_bound(data, "iddpm", T, name)[0] - entropy(data) for name in EXACT]
         share = [(s - r) / (s - b) for s, r, b in zip(found["small"], found["range"], found["best"])]
         lines.append([*line, *(cell(found[name]) for name in ("small", "large", "log", "range", "best")), cell(share),
                       *(f"{value:.3f}" for value in exact)])
-    return rows(["data", "T", "small", "large", "log", "range", "best", "share of the gain: range", "exact, small",
-                 "exact, large", "exact, best"], lines) + [
-        "Bound minus entropy in nats, two dimensions together. Schedule iddpm, eps, "
+    return rows(["target", "data", "T", "small", "large", "log", "range", "best", "share of the gain: range",
+                 "exact, small", "exact, large", "exact, best"], lines) + [
+        "Bound minus entropy in nats, two dimensions together. Schedule iddpm, "
         f"{min(study.args.epochs, EPOCHS)} epochs, {study.args.seeds} seeds, mean +- standard deviation; `mse` for "
         "small, large and best (q + B^2 Var[x | z] of the data), `hybrid` for log and range; a network for each T. "
         f"Monte Carlo error at most {max(errors):.3f}. The share is (small - range) / (small - best). exact: the exact "
@@ -132,7 +134,7 @@ def samples(study):
                               cell(gaps(found))])
         floors, _ = kind_points.floor(dict(data=data), study.args.num_samples)
         lines.append([data, "floor", "", *("{:.3f} +- {:.3f}".format(*floors[d]) for d in DISTANCES), "0"])
-    text = ["**Each chain in its own T steps**, schedule iddpm, eps", ""] + rows(
+    text = ["**Each chain in its own T steps**, schedule iddpm, v", ""] + rows(
         ["data", "T", "variance", "mean distance", "covar. dist.", "sliced Wasserstein", "log-density gap"], lines)
     lines = []
     for data, n, (grid, title), of in itertools.product(SETS, FEWER, (("t", "skip"), ("rescaled", "rescale")),
@@ -191,7 +193,7 @@ def own(study):
     return rows(["data", "T", "variance", "exact: bound", "chain itself", "chains that count", "trained: bound",
                  "chain itself", "chains that count", "flow"], lines) + [
         f"Nats above the entropy of the same {TESTED} points, two dimensions together; {CHAINS_DRAWN:,} chains for "
-        "each point. Schedule iddpm, eps. exact: +- standard error over the points. trained: "
+        "each point. Schedule iddpm, v. exact: +- standard error over the points. trained: "
         f"{min(args.epochs, EPOCHS)} epochs, {args.seeds} seeds, mean +- standard deviation over them. Chains that "
         "count: the effective number, the median over the points, of the trained the least of the seeds. The flow's is "
         f"that of the first {min(args.num_samples // 4, kind_points.POINTS):,} test points."]
@@ -210,7 +212,7 @@ def fig_variances(study, path, draws=500):
     panels = {}
     for data, T in itertools.product(SETS, CHAINS):
         mixture, of = DATASETS[data], discrete.chain(ddpm.SCHEDULES["iddpm"], T, 0.0)
-        networks = {name: of_steps(study, T, name, "hybrid")[data, "eps", "hybrid", 0].model(out=True)
+        networks = {name: of_steps(study, T, name, "hybrid")[data, "v", "hybrid", 0].model(out=True)
                     for name in ("log", "range")}
         g, found = run.generator("cpu", "figure"), {}
         steps = torch.unique(torch.linspace(2, T, min(T - 1, 60)).round().long())
