@@ -72,12 +72,13 @@ def training(panels, path):
     for row, (label, by_column) in zip(axes, panels.items()):
         for ax, (title, curves) in zip(row, by_column.items()):
             for k, (name, (values, best)) in enumerate(curves.items()):
-                band(ax, range(1, values.shape[1] + 1), values, color=f"C{k}", label=name)
+                band(ax, range(1, values.shape[1] + 1), values, color=f"C{k}", label=name,
+                     linestyle="-" if k < 10 else ":")
                 if best is not None:
                     ax.axhline(best, color="black", linestyle="--", linewidth=1)
             ax.set(yscale="log")
             ax.grid(alpha=0.3)
-            if row is axes[0]:
+            if ax in axes[0]:
                 ax.set_title(title, fontsize=10)
         row[0].set_ylabel(label)
     for ax in axes[-1]:
