@@ -121,7 +121,7 @@ def test_several_runs_are_one_table_and_csv_has_every_digit(trained, tmp_path, c
     for folder, line in zip(trained, lines):
         result = json.loads((tmp_path / folder.name / "metrics.json").read_text())
         assert line.startswith(f"{folder},{result['mean_distance']},{result['covariance_distance']},"
-                               f"{result['sliced_wasserstein']},{result['log_density']},3,ancestral,t,,40,0")
+                               f"{result['sliced_wasserstein']},{result['log_density']},3,ancestral,t,,small,40,0")
         row, = [row for row in out.splitlines() if row.startswith(f"{folder} ")]
         assert row.split()[1:] == [f"{result[key]:.4f}" for key in kind_points.MEASURED]
     assert lines[2].startswith(f'"floor, clusters",{result["mean_distance_floor"]["mean"]},')

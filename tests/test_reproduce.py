@@ -419,7 +419,7 @@ def test_every_figure_is_drawn_and_indexed(study):
     folder, drawn, _ = study
     assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {
         "table4.1", "table4.2", "steps", "likelihood", "schedules"}
-    for document, module in reproduce.DOCUMENTS.items():
+    for document, module in list(reproduce.DOCUMENTS.items())[:2]:           # the third: test_foundations.py
         index = (folder / "results" / document / "index.md").read_text()
         names = module.RESULTS.keys() - {"table4.2"}
         for name in names:
@@ -622,7 +622,7 @@ def small_study(**args):
     """A Study, of one run that needs no file, and what it keeps of it in runs.jsonl."""
     study = study_file.Study(types.SimpleNamespace(device="cpu", recorded=False, num_samples=2000, **args))
     one = types.SimpleNamespace(recipe="exact", config=dict(stabiliser=0.0, data="clusters"),
-                                model=lambda device="cpu": MLP(width=8))
+                                model=lambda device="cpu", out=False: MLP(width=8))
     return study, one, lambda: study.used["exact/clusters-x-nelbo-s0"]
 
 

@@ -513,9 +513,11 @@ def test_the_variance_of_a_run():
     ({"data": "clusters"}, dict(variance="direct"),
      "it has not learned a variance direct, but has small - take small or large"),
     (OWN, dict(variance=None, steps=50),
-     "its variance log is that of 100 steps alone - take --steps 100, or --variance small or large"),
+     "its variance log is that of its own 100 steps alone - take --steps 100 and no --grid or --t-min, "
+     "or --variance small or large"),
     (OWN | {"variance": "direct"}, dict(variance=None, steps=100, grid="logsnr"),
-     "its variance direct is that of 100 steps alone - take --steps 100, or --variance small or large"),
+     "its variance direct is that of its own 100 steps alone - take --steps 100 and no --grid or --t-min, "
+     "or --variance small or large"),
     ({"points": {}}, dict(variance="best"),
      "the best variance is known for the 2D datasets alone - take small or large"),
     ({"shape": [1, 8, 8]}, dict(variance="best"),
