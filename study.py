@@ -211,8 +211,8 @@ class Study:
             config = one.config
             x = kind_points.test_examples(config, n, self.device)
             model = one.model(self.device, out=True).to(x.dtype)
-            terms, _ = likelihood.evaluate(model, x, config, 2 if config.get("timesteps") else DRAWS, ode_steps=ODE_STEPS,
-                                           generator=run.generator(self.device, "likelihood"))
+            terms, _ = likelihood.evaluate(model, x, config, 2 if config.get("timesteps") else DRAWS,
+                                           ode_steps=ODE_STEPS, generator=run.generator(self.device, "likelihood"))
             terms["entropy"] = -DATASETS[config["data"]].log_prob(x.cpu())
             gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
             return ({name: tables.mean_and_error(values) for name, values in (terms | gaps).items()}
