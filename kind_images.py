@@ -90,7 +90,7 @@ def test_losses(config):
 def loss(prediction, x, t, y, w, config, importance=1.0):
     """The loss of each image in training, w that of its squared error: (B, C, H, W), t, w (B,) -> (B,)."""
     if config["loss"] not in losses.OF_A_CHAIN:
-        return losses.weighted_error(prediction.split(y.shape[1], 1)[0], y, w)
+        return losses.weighted_error(variances.split(prediction, y)[0], y, w)
     columns = variances.columns(t, losses.chain_of(config), config["target"], config["loss"], config["stabiliser"],
                                 importance, config["vlb_weight"])
     return variances.loss(prediction, y, w, columns, config["variance"], x, discretised)
@@ -106,7 +106,7 @@ def test(model, data, config, device):
     """
     (rank, world), g, n = run.processes(), run.generator("cpu", "test noise"), len(data)
     objective, chain = losses.objective(config), losses.chain_of(config)
-    names = ["mean_mse", "vlb"] if chain else test_losses(config)
+    names = variances.TESTED if chain else test_losses(config)
     weight = lambda name, t: losses.weight(name, config["target"], t, objective["schedule"], config["stabiliser"])
     shuffled = torch.randperm(n, generator=g)        # else t rises with the row: with the class, in sorted images
     times = losses.draw_step((n,), chain, generator=g)[0] if chain else losses.sample_t((n,), config["t_min"], g)
@@ -121,8 +121,7 @@ def test(model, data, config, device):
             prediction = model(z, t)
             errors = losses.weighted_error(variances.split(prediction, y)[0], y, torch.ones_like(t))
             if chain:
-                factor = variances.error_factor(chain.step(chain.index(t), t), config["target"], t, chain.schedule,
-                                                config["stabiliser"])
+                factor = variances.mean_factor(t, chain, config["target"], config["stabiliser"])
                 total += torch.stack([loss(prediction, x, t, y, own, config), factor**2 * errors,
                                       loss(prediction, x, t, y, 0 * own, config | {"loss": "vlb"})]).sum(1)
             else:

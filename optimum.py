@@ -19,7 +19,6 @@ from datasets2d import DATASETS
 from ddpm import SCHEDULES
 
 TESTS = "rescaled", "nelbo"       # also measured at every epoch: the same two for every run, whatever it is trained on
-OF_A_CHAIN = "mean_mse", "vlb"    # of a run on a chain in place of them
 TESTED_T_MIN = 1e-3               # their range of t, unless training has a smaller one
 
 
@@ -38,8 +37,7 @@ def test_batch(config):
     eps = torch.randn(x.shape, generator=g)
     z, y, w = losses.regression(x, t, eps, **losses.objective(config))
     if chain:
-        factor = variances.error_factor(chain.step(chain.index(t), t), config["target"], t, chain.schedule,
-                                        config["stabiliser"])
+        factor = variances.mean_factor(t, chain, config["target"], config["stabiliser"])
         return z, t, y, torch.stack([w, factor**2, torch.zeros_like(w)], 1)
     t_min = max(config["t_min"], TESTED_T_MIN)
     inside = ((t >= t_min) & (t <= 1 - t_min)).float()
@@ -66,7 +64,7 @@ def given(config, z, t):
 
 def tests(config):
     """What a run is tested with besides its loss: the two losses TESTS, of a chain the mean's error and the bound."""
-    return OF_A_CHAIN if config["timesteps"] else TESTS
+    return variances.TESTED if config["timesteps"] else TESTS
 
 
 def share_of_bound(config):

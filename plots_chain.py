@@ -7,8 +7,7 @@ from matplotlib import pyplot as plt
 
 from plots import COLOURS, band, save
 
-STYLES = {"small": ("black", ":"), "large": ("black", "--"), "log": ("#CC79A7", "-"), "range": ("#D55E00", "-"),
-          "best": ("#0072B2", "-")}
+LEARNED_COLOURS = {"log": "#CC79A7", "range": "#D55E00", "best": "#0072B2"}
 
 
 def over_steps(panels, path, log=True):
@@ -35,8 +34,8 @@ def variances(panels, path):
     for (data, T), curves in panels.items():
         ax = axes[rows.index(data), columns.index(T)]
         for name, (t, mean, low, high) in curves.items():
-            colour, style = STYLES[name]
-            ax.plot(t, mean, style, color=colour, label=name, marker="." if len(t) < 40 else None)
+            colour = LEARNED_COLOURS[name]
+            ax.plot(t, mean, color=colour, label=name, marker="." if len(t) < 40 else None)
             ax.fill_between(t, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.axhline(0, color="black", linestyle=":", label="small")
         ax.axhline(1, color="black", linestyle="--", label="large")

@@ -114,8 +114,6 @@ def table6_1(study):
     return text + note(study)
 
 
-
-
 def fig1_3(study, path):
     """Foundations, Fig. 1.3: what is left of the data, sqrt(abar), on the chains of both papers."""
     i = torch.arange(0, 1001)

@@ -90,6 +90,14 @@ def error_factor(step, target, t, schedule, stabiliser=0.0):
     return -step.B * sigma / targets.determinant(target, alpha, sigma, stabiliser, step[:2])
 
 
+TESTED = "mean_mse", "vlb"     # what runs on a chain are tested with besides their own loss
+
+
+def mean_factor(t, chain, target, stabiliser=0.0):
+    """`error_factor` at the times t of a chain: (n,) -> (n,). Its square makes `mean_mse`."""
+    return error_factor(chain.step(chain.index(t), t), target, t, chain.schedule, stabiliser)
+
+
 def terms(error, out, step, variance, x, decoder):
     """A term of the bound in nats, for each dimension: (B, ...) -> (B, ...).
 
