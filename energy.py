@@ -18,6 +18,8 @@ from torch import nn
 
 from ddpm import expand
 
+TARGETS = "s", "eps"
+
 
 class Energy(nn.Module):
     """model(z, t) -> prediction of s or eps, z (B, ...), t (B,), of network(z, t) -> (B, 1), smooth.
@@ -28,7 +30,7 @@ class Energy(nn.Module):
 
     def __init__(self, network, target="s", schedule=None):
         super().__init__()
-        if target not in ("s", "eps"):
+        if target not in TARGETS:
             raise ValueError(f"an energy predicts s or eps, the gradients of a log-density, not {target} - "
                              "take --target s or eps")
         if target == "eps" and schedule is None:
@@ -79,8 +81,8 @@ if __name__ == "__main__":
             cosine.step()
         score = lambda z: model(z, t)                                          # noqa: B023
         with torch.no_grad():
-            along = [torch.func.jvp(score, (z,), (e.expand_as(z),))[1] for e in torch.eye(2)]
-            curl = (along[0][:, 1] - along[1][:, 0]).square().mean().sqrt()    # d s_2 / dz_1 - d s_1 / dz_2
+            rows = [torch.func.vjp(score, z)[1](e.expand_as(z))[0] for e in torch.eye(2)]
+            curl = (rows[0][:, 1] - rows[1][:, 0]).square().mean().sqrt()      # d s_1 / dz_2 - d s_2 / dz_1
             fisher = score_matching.fisher(score, z, truth).mean()
             difference = (f"{(model.energy(z, t) + data.log_prob(z, 1.0, sigma)).std():24.3f}"
                           if name == "energy" else f"{'-':>24s}")

@@ -34,6 +34,10 @@ def source(generator):
     return lambda x: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
+class Diverged(ValueError):
+    """x is not finite any more."""
+
+
 def check(step, steps):
     """ValueError, one sentence, unless these can be taken."""
     if not step > 0:
@@ -43,10 +47,10 @@ def check(step, steps):
 
 
 def check_finite(finite, steps, step):
-    """ValueError, one sentence, unless x was finite after all steps. finite: how many, (), a tensor."""
+    """Diverged, one sentence, unless x was finite after all steps. finite: how many, (), a tensor."""
     if finite < steps:
-        raise ValueError(f"Langevin dynamics is not finite from step {int(finite) + 1} of {steps} on - "
-                         f"take a smaller step than {step:g}")
+        raise Diverged(f"Langevin dynamics is not finite from step {int(finite) + 1} of {steps} on - "
+                       f"take a smaller step than {step:g}")
 
 
 @torch.no_grad()
@@ -56,7 +60,7 @@ def langevin(score, x, step, steps, generator, log_prob=None, watch=None):
     score: (B, ...) -> (B, ...); generator: a torch.Generator, or a function x -> noise like x. log_prob, (B, ...) ->
     (B,) in nats, of which score is the gradient: accepts or refuses each step, for one more evaluation of score and
     steps + 1 of log_prob. watch(i, x, accepted) is called after step i = 1, 2, ...; accepted is (B,), None without
-    log_prob. ValueError: step, steps, or x that is not finite, with the first step where.
+    log_prob. ValueError: step or steps. Diverged: x is not finite, from which step on.
     """
     check(step, steps)
     noise, finite, accepted, s = source(generator), 0, None, None

@@ -26,7 +26,7 @@ import settings
 import tables
 import targets
 import train
-from datasets2d import DATASETS
+from datasets2d import DATASETS, FOUR
 
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]      # of samplers
@@ -99,7 +99,7 @@ class Study:
             raise SystemExit(f"no {part} of {name} in runs.jsonl - leave out --recorded to train what is missing")
         return self.records[name][part]
 
-    def trained(self, recipe, chosen=None, data=tuple(DATASETS), target=TARGETS, epochs=None):
+    def trained(self, recipe, chosen=None, data=FOUR, target=TARGETS, epochs=None):
         """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}."""
         (options, names), args = RECIPES[recipe], self.args
         epochs = epochs or args.epochs
