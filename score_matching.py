@@ -9,8 +9,8 @@ s_hat(x) from the true one; what one can compute without the true one is the sam
     denoising      1/2 |s_hat(z) + eps / sigma|^2              Eq. (3.44)      fisher of z = x + sigma eps, + constant
     multi_scale    sigma^2 times it, at K noise levels         Eq. (3.45)      (Song and Ermon 2019)
 
-The first three need a network that is smooth: with ReLU the derivative has jumps that the trace never sees, and the
-objective is no longer the Fisher divergence. (The slides print |1/2 ds/dx|^2 for the first term: ERRATA.md.)
+`exact` and `sliced` need a network that is smooth: with ReLU the trace is constant in pieces, and autograd's gradient
+of it leaves out that their borders move. (The slides print |1/2 ds/dx|^2 for the first term: ERRATA.md.)
 
 Not here: how samples are drawn with a score (`langevin.py`); the loss of diffusion models, which is multi_scale with
 other weights (`losses.py`).
@@ -112,7 +112,7 @@ if __name__ == "__main__":
     calls = 0
 
     def wrong(x):
-        """A score of broader clusters, that also turns."""
+        """The score of broader clusters, and a rotation."""
         global calls
         calls += 1
         return data.score(x, 1.0, 0.1) + torch.stack([-x[:, 1], x[:, 0]], 1)
