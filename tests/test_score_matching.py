@@ -1,5 +1,6 @@
 """The objectives against linear scores, autograd's Jacobian, quadrature, and the Fisher divergence they stand for."""
 import math
+import runpy
 
 import pytest
 import torch
@@ -279,3 +280,17 @@ def test_denoising_without_noise_is_refused():
     for sigma in 0.0, -0.1:
         with pytest.raises(ValueError, match="needs noise: say how much, --sigma 0.1"):
             score_matching.batch(x, x, "denoising", sigma)
+
+
+def test_the_script_shows_objectives_that_agree(capsys):
+    """Mean minus constant, in units of the standard error printed beside it."""
+    runpy.run_path(score_matching.__file__, run_name="__main__")
+    lines = capsys.readouterr().out.replace("+-", " ").splitlines()
+    rows = [line.split() for line in lines if line.startswith("  ") and "mean" not in line]
+    values = [(row[0], *map(float, row[-6:])) for row in rows]
+    assert [name for name, *_ in values] == ["fisher", "exact", "D", "D", "fisher", "exact", "denoising"]
+    for _, mean, error, *_ in values[1:4]:
+        assert abs(mean - values[0][1]) < 4 * error
+    for _, mean, error, *_ in values[5:]:
+        assert abs(mean - values[4][1]) < 4 * error
+    assert [row[-2:] for row in values] == [(1, 0), (2, 2), (1, 1), (1, 1), (1, 0), (2, 2), (1, 0)]
