@@ -1,4 +1,4 @@
-r"""Energies: a network with one output, whose gradient is the prediction (VDM 4.2.3, Eq. 4.20 - 4.24).
+r"""Energies: a network with one output, whose gradient is the prediction (VDM Eq. 4.20 - 4.24).
 
 Read `targets.py` and `score_matching.py` first. A network for the score is any field. One that gives an energy E(z, t),
 p(z) = exp(-E) / Z, has a score that is a gradient, as the true one is:

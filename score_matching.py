@@ -1,16 +1,16 @@
 r"""Score matching: four ways to learn the score from samples alone (thesis 3.2, Eq. 3.30 - 3.45; slides).
 
-Read `datasets2d.py` first, whose score is known. What one wants is small is the Fisher divergence of a score
-s_hat(x) from the true one; what one can compute without the true one is the same up to a constant of the data:
+Read `datasets2d.py` first, whose score is known. The Fisher divergence of a field s_hat(x) from the true score is what
+should be small. What can be computed without the true score is the same on the average, up to a constant of the data:
 
-    fisher         1/2 |score - s_hat|^2                       Eq. (3.30)      - 1/2 E|score|^2 is
-    exact          1/2 |s_hat|^2 + tr(ds_hat/dx)               Eq. (3.36)
-    sliced         1/2 |s_hat|^2 / D + u' (ds_hat/dx) u        Eq. (3.40)      exact / D on the average
+    fisher         1/2 |score - s_hat|^2                       Eq. (3.30)
+    exact          1/2 |s_hat|^2 + tr(ds_hat/dx)               Eq. (3.36)      fisher - 1/2 E|score|^2
+    sliced         1/2 |s_hat|^2 / D + u' (ds_hat/dx) u        Eq. (3.40)      exact / D
     denoising      1/2 |s_hat(z) + eps / sigma|^2              Eq. (3.44)      fisher of z = x + sigma eps, + constant
     multi_scale    sigma^2 times it, at K noise levels         Eq. (3.45)      (Song and Ermon 2019)
 
-The first three need a network that is smooth: with ReLU the derivative has jumps that the trace never sees, and the
-objective is no longer the Fisher divergence. (The slides print |1/2 ds/dx|^2 for the first term: ERRATA.md.)
+`exact` and `sliced` need a network that is smooth: with ReLU the trace is constant in pieces, and autograd's gradient
+of it leaves out that their borders move. (The slides print |1/2 ds/dx|^2 for the first term: ERRATA.md.)
 
 Not here: how samples are drawn with a score (`langevin.py`); the loss of diffusion models, which is multi_scale with
 other weights (`losses.py`).
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     grid = torch.cartesian_prod(*[torch.arange(-3, 3, 0.02, dtype=torch.float64)] * D)
 
     def wrong(x):
-        """A score of broader clusters, that also turns."""
+        """The score of broader clusters, and a rotation."""
         return data.score(x, 1.0, 0.1) + torch.stack([-x[:, 1], x[:, 0]], 1)
 
     def information(sigma):
