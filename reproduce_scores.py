@@ -89,11 +89,13 @@ def divergences(one):
 def scores(study):
     """The Fisher divergence of learned scores to the true ones at four noise levels."""
     lines = []
+    results = {title: study.measured(trained(study, recipe, loss, target), "divergences", divergences)
+               for title, recipe, target, loss in LEARNED}
     for data in FOUR:
-        for title, recipe, target, loss in LEARNED:
-            found = study.measured(trained(study, recipe, loss, target, [data]), "divergences", divergences).values()
-            lines.append([data, title, *(cell([result[f"{level}"] for result in found]) if all(
-                f"{level}" in result for result in found) else "-" for level in LEVELS)])
+        for title, found in results.items():
+            found = [result for key, result in found.items() if key[0] == data]
+            lines.append([data, title, *(cell([result[f"{level}"] for result in found]) if f"{level}" in found[0]
+                                         else "-" for level in LEVELS)])
         lines.append([data, "0 everywhere", *(f"{truth.square().sum(1).mean() / 2:.3f}"
                                               for _, truth in points_of_levels(data).values())])
     return rows(["data", "trained with", *(f"level {level}" for level in LEVELS)], lines) + [
@@ -130,11 +132,12 @@ def samples(study):
     """Samples by Langevin dynamics, annealed Langevin dynamics and `ancestral`, beside the floor and exact scores."""
     lines = []
     row = lambda found: [*(cell([result[name] for result in found]) for name in NAMES), cell(gaps(found))]
+    results = [(title, sampler, steps, study.sampled(trained(study, recipe, loss, target), steps, sampler,
+                                                     "logsnr" if sampler == "annealed" else "t"))
+               for title, recipe, target, loss, sampler, steps in DRAWN]
     for data in FOUR:
-        for title, recipe, target, loss, sampler, steps in DRAWN:
-            runs = trained(study, recipe, loss, target, [data])
-            found = study.sampled(runs, steps, sampler, "logsnr" if sampler == "annealed" else "t")
-            lines.append([data, title, sampler, str(steps), *row(list(found.values()))])
+        for title, sampler, steps, found in results:
+            lines.append([data, title, sampler, str(steps), *row([x for key, x in found.items() if key[0] == data])])
         for sampler, steps in ("langevin", PLAIN), ("annealed", ANNEALED):
             found = exact_samples(data, study.args.num_samples // 4, sampler)
             lines.append([data, "exact score", sampler, str(steps), *row([found])])
@@ -155,7 +158,7 @@ def fig_fields(study, path, paths=40):
         Missing()()
     panels = {}
     for data in FOUR:
-        mixture, score = DATASETS[data], of_run(trained(study, "score-0", "exact", data=[data])[data, "s", "exact", 0])
+        mixture, score = DATASETS[data], of_run(trained(study, "score-0", "exact")[data, "s", "exact", 0])
         g, x = run.generator("cpu", "fields"), kind_points.load(dict(data=data))[:3000]
         seen = [torch.randn(paths, 2, generator=g)]
         langevin.langevin(lambda x: score(x, 0.01), seen[0], STEP, 1000, g,                      # noqa: B023
