@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import cache
+import langevin
 import metrics
 import movie
 import own_points
@@ -30,6 +31,7 @@ import threads
 import variance as variances
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
+from energy import Energy
 from mlp import MLP
 
 POINTS = 50_000                   # to train on, and as many fresh ones to test on (thesis 4.1.1)
@@ -70,8 +72,12 @@ def load(config, split="test"):
 
 def build_model(config, members=1):
     """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
-    return MLP(dimension(config), config["width"], schedule=SCHEDULES[config["schedule"]], members=members,
-               out=dimension(config) * variances.outputs(config))
+    of_energy, without_t = config.get("energy"), config.get("sigma") is not None
+    schedule = SCHEDULES[config["schedule"]]
+    network = MLP(dimension(config), config["width"], schedule=None if without_t else schedule, members=members,
+                  out=1 if of_energy else dimension(config) * variances.outputs(config),
+                  activation=config.get("activation", "relu"), time=not without_t)
+    return Energy(network, config["target"], schedule) if of_energy else network
 
 
 def weights(checkpoint):
@@ -95,7 +101,9 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watc
         runs.config, how.pop("variance", None), how.get("sampler", "ancestral"), steps, how.get("grid", "t"), t_min)
     if variance:
         how |= dict(variance=variance, data=of_blocks([run.config for run in runs.members], variance))
-    evaluations = samplers.evaluations(how.get("sampler"), steps)
+    if how.get("sampler") == "langevin":
+        return draw_langevin(runs, steps, num_samples, seed, device, how.get("step_size", 1e-3), how.get("metropolis"))
+    evaluations = samplers.evaluations(steps=steps, **how)
     add = progress.counter(f"drawing {num_samples:,} samples" + (f" of {members} runs" if members > 1 else ""),
                            evaluations, "evaluations")
     model = watch(progress.counted(threads.shared(
@@ -106,6 +114,21 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, watc
                               generator=run.generator(device, seed, "sample"),
                               stabiliser=runs.config["stabiliser"], **how)
     return samples.unflatten(0, (members, -1)).cpu()
+
+
+def draw_langevin(runs, steps, num_samples, seed, device, step_size, metropolis=False):
+    """`draw` of scores without t, by Langevin dynamics from N(0, I) (thesis, Algorithm 1).
+
+    metropolis: with its correction, of energies. `langevin.Diverged`: the steps are too large.
+    """
+    g, members, network = run.generator(device, seed, "sample"), len(runs.members), runs.model(device)
+    noise = lambda: torch.randn(num_samples, dimension(runs.config), generator=g, device=device).repeat(members, 1)
+    model = threads.shared(in_chunks(network, members), device)
+    log_prob = (lambda x: -network.energy(x, x[:, 0])) if metropolis else None
+    with torch.no_grad():
+        x = langevin.langevin(lambda x: model(x, x[:, 0]), noise(), step_size, steps,
+                              lambda x: noise(), log_prob)
+    return x.unflatten(0, (members, -1)).cpu()
 
 
 def of_blocks(configs, variance):

@@ -17,6 +17,7 @@ import torch
 
 import ddpm
 import discrete
+import score_matching
 import targets
 import variance
 
@@ -70,10 +71,21 @@ def vlb(target, alpha, sigma, det, dlogsnr):
     return torch.zeros_like(det)
 
 
+def multi_scale(target, alpha, sigma, det, dlogsnr):
+    """Scores of many noise levels, the steps of a chain: Eq. (3.45), each weighted by sigma_i^2.
+
+    For s of schedule `ve` that is half the error of sigma s_hat, for any target of eps_hat
+    (Song and Ermon 2019, Eq. 6). `score_matching.multi_scale` divided by D.
+    """
+    return 0.5 * (alpha / det)**2
+
+
 LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelbo_stable,
-          "vlb": vlb, "hybrid": mse}       # hybrid: and a little of vlb, Foundations 6.1
+          "vlb": vlb, "hybrid": mse,       # hybrid: and a little of vlb, Foundations 6.1
+          "multi_scale": multi_scale}
 COSINE_ONLY = "nelbo_stable",
 OF_A_CHAIN = "vlb", "hybrid"
+NAMES = *LOSSES, *score_matching.OBJECTIVES            # of --loss: weights, then scores without t
 
 
 def weight(loss, target, t, schedule, stabiliser=0.0, chain=None):
@@ -86,7 +98,7 @@ def weight(loss, target, t, schedule, stabiliser=0.0, chain=None):
         raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
     if loss in COSINE_ONLY and schedule is not ddpm.SCHEDULES["cosine"]:
         raise ValueError(f"{loss} has weights for the cosine schedule alone")
-    if loss in OF_A_CHAIN and chain is None:
+    if loss in (*OF_A_CHAIN, "multi_scale") and chain is None:
         raise ValueError(f"loss {loss} is of a discrete chain: "
                          "say of how many steps, --timesteps 1000")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -105,50 +117,23 @@ def chain_of(config):
         ddpm.SCHEDULES[config["schedule"]], config["timesteps"], config["t_min"])
 
 
-def conflict(config):
-    """What in a run's settings does not go together, and what to do, in words; None if nothing.
-
-    Of the config of a run, or of the arguments of `train.py` with one data, target and loss.
-    """
-    name, loss, learned = config["variance"], config["loss"], config["variance"] in variance.LEARNED
-    if config["timesteps"]:
-        if config["t_min"] < 1e-6 and discrete.smallest_t(ddpm.SCHEDULES[config["schedule"]]) > 0:
-            return (f"--t-min {config['t_min']:g} is for a schedule whose log-SNR is finite at "
-                    f"t = 1, {config['schedule']}'s is not - leave it out")
-        if config["t_density"] == "logsnr":
-            return "--t-density logsnr is of continuous time - leave it or --timesteps out"
-    elif config["t_min"] < 1e-6:
-        return f"--t-min must be in [1e-06, 0.49] without --timesteps, got {config['t_min']:g}"
-    elif name != "small" or config["t_density"] == "loss_aware":
-        what = f"--variance {name}" if name != "small" else "--t-density loss_aware"
-        return f"{what} is of a discrete chain: say of how many steps, --timesteps 1000"
-    if learned and loss not in OF_A_CHAIN:
-        return f"--variance {name} is learned, which --loss {loss} does not do - take vlb or hybrid"
-    if loss == "hybrid" and not learned:
-        return f"--loss hybrid learns a variance, and {name} is fixed - add --variance range"
-    chain = chain_of(config)
-    try:
-        weight(loss, config["target"], chain.times[-1:] if chain else torch.tensor([0.5]),
-               ddpm.SCHEDULES[config["schedule"]], config["stabiliser"], chain)
-    except ValueError as error:            # no weight for this target or schedule
-        return str(error)
-    return None
-
-
 def objective(config):
     """The arguments of `loss` besides model and data, from the config of a run."""
     found = dict(target=config["target"], loss=config["loss"],
                  schedule=ddpm.SCHEDULES[config["schedule"]], stabiliser=config["stabiliser"])
-    return found | ({"chain": chain_of(config)} if config.get("timesteps") else {})
+    return found | ({"chain": chain_of(config)} if config.get("timesteps") else {}) | (
+        {"sigma": config["sigma"]} if config.get("sigma") is not None else {})
 
 
-def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0, chain=None):
+def regression(x, t, eps, *, target, loss, schedule, stabiliser=0.0, chain=None, sigma=None):
     """The weighted regression that training is: inputs z (and t), targets y, weights w.
 
     x, eps, z = alpha x + sigma eps and y = a x + b eps are (B, ...), t and w are (B,). They are
     the same for every network, so that training computes them for many batches at once. chain: its
-    times t are.
+    times t are. sigma: of a score without t, which gets `score_matching.batch`, all weights 1.
     """
+    if sigma is not None:
+        return *score_matching.batch(x, eps, loss, sigma), torch.ones_like(t)
     alpha, sigma, step = schedule.alpha(t), schedule.sigma(t), step_of(chain, t)
     a, b = (ddpm.expand(c, x) for c in targets.coefficients(target, alpha, sigma, stabiliser, step))
     return (ddpm.q_sample(x, t, eps, schedule), a * x + b * eps,
@@ -269,7 +254,7 @@ if __name__ == "__main__":
     t = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
     row = lambda values: " ".join(f"{v:9.4g}" for v in values)
     print(f"{'cosine schedule, t =':20s} {row(t)}")
-    for name in [name for name in LOSSES if name not in OF_A_CHAIN]:
+    for name in [name for name in LOSSES if name not in (*OF_A_CHAIN, "multi_scale")]:
         for target in "x", "eps", "v", "s":
             print(f"{name:13s} {target:6s} "
                   f"{row(weight(name, target, t, ddpm.SCHEDULES['cosine']))}")

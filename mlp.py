@@ -8,13 +8,18 @@ Not here: the network for images; why there can be several in one (`stack.py`).
 """
 import torch
 from torch import nn
+from torch.nn import functional
 
 import ddpm
+
+ACTIVATIONS = {"relu": torch.relu_, "silu": functional.silu}
 
 
 class MLP(nn.Module):
     """model(z, t) -> prediction. z (B, dim) and t (B,) are concatenated; returns (B, out or dim).
 
+    activation: relu, or silu for a network whose derivatives are used: ReLU has no second one.
+    time: without it the network ignores t, as that of a score of one noise level.
     schedule: the one that made z, to divide z by its standard deviation where that is not 1
     (`ddpm.standardise`).
     members: M independent networks in one, each weight with a leading dimension M. The B rows
@@ -22,9 +27,9 @@ class MLP(nn.Module):
     """
 
     def __init__(self, dim=2, width=128, layers=7, schedule=None, members=1,
-                 out=None):
+                 out=None, activation="relu", time=True):
         super().__init__()
-        sizes = [dim + 1] + [width] * (layers - 1) + [out or dim]
+        sizes = [dim + time] + [width] * (layers - 1) + [out or dim]
         rows = [[nn.Linear(n_in, n_out) for _ in range(members)]
                 for n_in, n_out in zip(sizes, sizes[1:])]
         self.weights = nn.ParameterList(
@@ -32,15 +37,15 @@ class MLP(nn.Module):
         self.biases = nn.ParameterList(
             torch.stack([layer.bias.detach()[None] for layer in row]) for row in rows)
         self.members = members
-        self.schedule = schedule
+        self.schedule, self.activation, self.time = schedule, ACTIVATIONS[activation], time
 
     def forward(self, z, t):
-        z = ddpm.standardise(z, t, self.schedule)
-        h = torch.cat([z, t[:, None]], 1).unflatten(0, (self.members, -1))  # (M, B / M, dim + 1)
+        h = torch.cat([ddpm.standardise(z, t, self.schedule), t[:, None]], 1) if self.time else z
+        h = h.unflatten(0, (self.members, -1))                              # (M, B / M, dim + 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias, h, weight.mT)                           # (M, B / M, width)
             if i < len(self.weights) - 1:
-                h = h.relu_()
+                h = self.activation(h)
         return h.flatten(0, 1)                                              # (B, out)
 
 

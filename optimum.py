@@ -13,6 +13,8 @@ import cache
 import kind_points
 import losses
 import run
+import score_matching
+import stack
 import targets
 import variance as variances
 from datasets2d import DATASETS
@@ -30,12 +32,15 @@ def test_batch(config):
     points outside of that range have weight 0 there, and those inside a little more. Of a chain, at its own times, they
     are the error of the posterior mean and nothing: the bound is no weighted error, see `test`.
     """
+    config = {"t_min": TESTED_T_MIN, "schedule": "cosine", "stabiliser": 0.0} | config
     x, g, chain = kind_points.load(config), run.generator("cpu", "test noise"), losses.chain_of(config)
     x = x.repeat(-(-kind_points.POINTS // len(x)), 1)[:kind_points.POINTS]
     t = (losses.draw_step((kind_points.POINTS,), chain, generator=g)[0] if chain
          else losses.sample_t((kind_points.POINTS,), config["t_min"], g))
     eps = torch.randn(x.shape, generator=g)
     z, y, w = losses.regression(x, t, eps, **losses.objective(config))
+    if config.get("sigma") is not None:
+        return z, t, y, w
     if chain:
         factor = variances.mean_factor(t, chain, config["target"], config["stabiliser"])
         return z, t, y, torch.stack([w, factor**2, torch.zeros_like(w)], 1)
@@ -63,8 +68,18 @@ def given(config, z, t):
 
 
 def tests(config):
-    """What a run is tested with besides its loss: the two losses TESTS, of a chain the mean's error and the bound."""
+    """What a run is tested with besides its loss: the two losses TESTS, of a chain the mean's error and the bound.
+
+    Of a score without t the Fisher divergence to the true score, Eq. (3.30), per dimension, where that is known.
+    """
+    if config["sigma"] is not None:
+        return ("fisher",) * ("points" not in config)
     return variances.TESTED if config["timesteps"] else TESTS
+
+
+def columns(config):
+    """How many numbers besides the regression a run on a chain has in each row: `variance.columns` and `given`."""
+    return 9 + kind_points.dimension(config) * (config["variance"] == "best")
 
 
 def share_of_bound(config):
@@ -124,6 +139,54 @@ def optimal_bound(data, schedule, t_min, timesteps, variance):
     x_hat, _, covariance = optimal_predictions(data, schedule, t_min, timesteps)
     columns = torch.cat([test_terms(config, z, t), covariance], 1)
     return variances.loss(*(c.double() for c in (x_hat, x, 0 * t, columns)), variance).mean()
+
+
+@functools.cache
+def test_scores(data, loss, sigma):
+    """Of a score without t: test points z, what the loss needs of each, y, the true score, and its loss, a number."""
+    config = dict(data=data, target="s", loss=loss, sigma=sigma)
+    z, _, y, _ = test_batch(config)
+    truth = lambda z: DATASETS[data].score(z, 1.0, sigma)
+    found = cache.kept(lambda: [truth(z), score_matching.OBJECTIVES[loss](truth, z, y).mean()],
+                       f"score of {data}", *vars(DATASETS[data]).values(), z, y, loss)
+    return z, y, *found
+
+
+def ready(configs, device):
+    """A function of a stack's model that tests it -> (M, 1 + tests), and the same of the best possible, M lists."""
+    shared = configs[0]
+    if shared["sigma"] is not None:
+        return ready_scores(configs, device)
+    batches = [test_batch(config) for config in configs]
+    terms = [test_terms(config, *batch[:2]) for config, batch in zip(configs, batches)]
+    optima = [optimum(config, batch[3]) for config, batch in zip(configs, batches)]
+    *inputs, weights = zip(*batches)
+    inputs = [stack.interleave(c, 625).to(device) for c in inputs]         # small batches: activations fit in the cache
+    weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
+    of_chain = [] if terms[0] is None else [
+        stack.interleave(terms, 625).to(device),
+        torch.stack([share_of_bound(config) for config in configs]).to(device), shared["variance"]]
+    return lambda model: test(model, *inputs, weights, *of_chain), optima
+
+
+def ready_scores(configs, device):
+    """`ready` for scores without t."""
+    members, objective = len(configs), score_matching.OBJECTIVES[configs[0]["loss"]]
+    if "points" in configs[0]:             # of a file the true score is not known
+        batches, optima = [test_batch(config)[0:3:2] for config in configs], [[None]] * members
+    else:
+        *batches, optima = zip(*(test_scores(config["data"], config["loss"], config["sigma"]) for config in configs))
+        batches, optima = zip(*batches), [[best.item(), 0.0] for best in optima]
+    inputs = [stack.interleave(c, 625).to(device) for c in zip(*batches)]
+
+    @torch.no_grad()
+    def test(model):
+        score, found = lambda z: model(z, z[:, 0]), []
+        for z, y, *truth in zip(*inputs):
+            found.append(torch.stack([objective(score, z, y), *(
+                score_matching.fisher(score, z, s) / z.shape[1] for s in truth)], 1))
+        return torch.stack(found).unflatten(1, (members, -1)).mean((0, 2))
+    return test, optima
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import plots
 import run
 import samplers
 import targets
-from datasets2d import DATASETS
+from datasets2d import DATASETS, FOUR
 from study import DRAWS, ODE_STEPS, STEPS, TARGETS, Missing, cell, floor, gaps, rows
 
 FEW = [8, 16, 32]      # of them, where grids are compared
@@ -38,7 +38,7 @@ def likelihoods(study):
     args, lines, errors, results = study.args, [], {"bound gap": [], "exact gap": []}, {}
     for recipe in dict.fromkeys(recipe for recipe, _, _ in TRAINED_WITH):
         results |= {(recipe, *key): found for key, found in study.likelihoods(study.trained(recipe)).items()}
-    for data, target, (recipe, loss, title) in itertools.product(DATASETS, TARGETS, TRAINED_WITH):
+    for data, target, (recipe, loss, title) in itertools.product(FOUR, TARGETS, TRAINED_WITH):
         found = [results[recipe, data, target, loss, seed] for seed in range(args.seeds)]
         column = lambda name: cell([result[name][0] for result in found])       # noqa: B023 - called in this turn
         for name, values in errors.items():
@@ -46,8 +46,9 @@ def likelihoods(study):
         lines.append([data, target, title, column("bound"), column("exact"), f"{found[0]['entropy'][0]:.3f}",
                       column("bound gap"), column("exact gap"), cell([result["exact median"] for result in found])])
     variances, g = {}, run.generator("cpu", "variance")
-    for data, mixture in DATASETS.items():
-        x, schedule = mixture.sample(500, g, torch.float64), ddpm.SCHEDULES["cosine"]
+    for data in FOUR:
+        mixture, schedule = DATASETS[data], ddpm.SCHEDULES["cosine"]
+        x = mixture.sample(500, g, torch.float64)
         error_sq = [likelihood.bound(mixture.optimal_model("eps", schedule), x, target="eps", schedule=schedule,
                                      uniform=uniform, draws=DRAWS, generator=g)["error"].square().mean().item()
                     for uniform in ("t", "logsnr")]
@@ -58,7 +59,7 @@ def likelihoods(study):
     worst = {name: f"at most {max(values):.3f}" if values else "not small" for name, values in errors.items()}
     lost = [f"{data} {title}: "
             f"{', '.join(str(results[recipe, data, 's', loss, seed].get('lost', '?')) for seed in range(args.seeds))}"
-            for data, (recipe, loss, title) in itertools.product(DATASETS, TRAINED_WITH)]
+            for data, (recipe, loss, title) in itertools.product(FOUR, TRAINED_WITH)]
     return text + [f"Nats (for two dimensions), the first {n:,} test points and their own entropy; {args.epochs} "
                    f"epochs, {args.seeds} seeds, mean +- standard deviation over them. The Monte Carlo error of a gap "
                    f"below 1 nat is {worst['bound gap']} for the bound ({DRAWS} draws of t and noise a point) and "
@@ -82,7 +83,7 @@ def swept(study):
             by_run = study.sampled(runs, n, sampler, grid)
             results[sampler, grid, n] = {
                 (data, target): [by_run[data, target, "mse", seed] for seed in range(study.args.seeds)]
-                for data, target in itertools.product(DATASETS, TARGETS)}
+                for data, target in itertools.product(FOUR, TARGETS)}
     return results
 
 
@@ -113,7 +114,7 @@ def steps(study):
 
     for grid, numbers in SWEEPS.items():
         lines = []
-        for key in itertools.product(DATASETS, TARGETS):
+        for key in itertools.product(FOUR, TARGETS):
             line = list(key)
             for sampler in samplers.SAMPLERS:
                 first = [next((str(n) for n in numbers if at_floor(results[sampler, grid, n][key], name)), "-")
@@ -124,7 +125,7 @@ def steps(study):
                  "distance / sliced Wasserstein distance", ""] + rows(["data", "target", *samplers.SAMPLERS], lines)
 
     lines = []
-    for name in DATASETS:
+    for name in FOUR:
         for sampler, grid, n in [("ancestral", "t", STEPS[-1]), *itertools.product(["dpmpp"], SWEEPS, FEW)]:
             found = results[sampler, grid, n][name, "v"]
             lines.append([name, f"{sampler}, {grid}", str(n), *(cell([r[d] for r in found]) for d in TWO),
@@ -134,14 +135,14 @@ def steps(study):
         ["data", "sampler, grid", "evaluations", "covar. dist.", "sliced Wasserstein", "log-density gap"], lines)
 
     lines = []
-    for key in itertools.product(DATASETS, ("eps", "s")):
+    for key in itertools.product(FOUR, ("eps", "s")):
         lines.append([*key, *(cell([r[TWO[1]] for r in results["dpmpp", grid, n][key]])
                               for grid in SWEEPS for n in FEW), floor(results["dpmpp", "t", FEW[0]][key][0], TWO[1])])
     text += ["**eps and s in few evaluations of `dpmpp`**: sliced Wasserstein distance", ""]
     text += rows(["data", "target", *(f"{grid}, {n}" for grid in SWEEPS for n in FEW), "floor"], lines)
 
     n, lines = SWEEPS["logsnr"][-1], []
-    for key in itertools.product(DATASETS, TARGETS):
+    for key in itertools.product(FOUR, TARGETS):
         lines.append([*key, *(cell([r[TWO[1]] for r in results[sampler, "logsnr", n][key]])
                               for sampler in samplers.SAMPLERS),
                       floor(results["ancestral", "logsnr", n][key][0], TWO[1])])
@@ -169,7 +170,7 @@ def over_evaluations(name):
 def excess(study, path):
     """How far the exact NELBO stays above the best possible, over epochs, when log-SNR is uniform in training."""
     runs, panels = study.trained("logsnr"), {}
-    for data, target in itertools.product(DATASETS, TARGETS):
+    for data, target in itertools.product(FOUR, TARGETS):
         keys = [(data, target, "nelbo", seed) for seed in range(study.args.seeds)]
         values = (np.array([study.curve(runs, key, "test_nelbo") for key in keys])
                   - runs[keys[0]].history[-1]["optimum_nelbo"])

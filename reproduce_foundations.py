@@ -16,7 +16,7 @@ import discrete
 import plots_chain
 import reproduce_foundations_images
 import reproduce_variances
-from datasets2d import DATASETS
+from datasets2d import FOUR
 from reproduce_variances import DRAWS, EPOCHS, EXACT, SETS, bits, bound_of_run, entropy, exact_bound, trained
 from study import rows
 
@@ -91,7 +91,7 @@ def note(study):
 def table5_1(study):
     """Foundations, Table 5.1, on the four datasets, with a skip connection as two more rows."""
     text = []
-    for data in DATASETS:
+    for data in FOUR:
         text += [f"**{data}**, entropy {bits(entropy(data)):.3f} bits/dim", ""]
         text += rows(HEADER, lines_of(study, [row for row in RUNS if row[5] != "hybrid"], data))
     return text + note(study)
@@ -108,7 +108,7 @@ MORE = [  # of Table 6.1: the weight of the bound in the hybrid, and the bound a
 def table6_1(study):
     """Foundations, Table 6.1 with the row of the range that it has not, on the four datasets."""
     text = []
-    for data in DATASETS:
+    for data in FOUR:
         text += [f"**{data}**, entropy {bits(entropy(data)):.3f} bits/dim", ""]
         text += rows(HEADER, lines_of(study, RUNS[6:10] + (MORE if data in SETS else []), data))
     return text + note(study)

@@ -20,7 +20,7 @@ import plots
 import run
 import sample
 import train
-from datasets2d import DATASETS
+from datasets2d import DATASETS, FOUR
 from study import STEPS, TARGETS, cell, exact_nelbo, floor, gaps, rows
 
 IMAGE_STEPS = 500    # thesis 4.4.4
@@ -176,15 +176,14 @@ def fig3_2(study, path):
 
 
 def fig4_1(study, path):
-    plots.scatter({name: data.sample(50_000, run.generator("cpu", name)) for name, data in DATASETS.items()},
-                  path, 50_000)
+    plots.scatter({name: DATASETS[name].sample(50_000, run.generator("cpu", name)) for name in FOUR}, path, 50_000)
 
 
 def fig4_2(study, path):
     times, panels = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0], {}
-    for name, data in DATASETS.items():
+    for name in FOUR:
         g = run.generator("cpu", name)
-        x, eps = data.sample(2000, g), torch.randn(2000, 2, generator=g)
+        x, eps = DATASETS[name].sample(2000, g), torch.randn(2000, 2, generator=g)
         for t in times:
             z = ddpm.q_sample(x, torch.full((2000,), t), eps, ddpm.SCHEDULES["cosine"])
             panels[name, f"t = {t}"] = z, ""
@@ -197,7 +196,7 @@ def over_epochs(study, runs, loss, key):
     return {data: {target: (np.array([study.curve(runs, (data, target, loss, seed), key)
                                       for seed in range(study.args.seeds)]),
                             runs[data, target, loss, 0].history[-1][optimum]) for target in TARGETS}
-            for data in DATASETS}
+            for data in FOUR}
 
 
 def fig4_8(study, path):
@@ -243,8 +242,8 @@ LOSSES = {"weighted": "mse", "NELBO": "nelbo_stable"}          # what the panels
 
 def fig4_12(study, path):
     results, panels = study.sampled(study.trained("stabilised"), STEPS[-1]), {}
-    for data, dataset in DATASETS.items():
-        panels[data, "data"] = dataset.sample(2000, run.generator("cpu", data)), ""
+    for data in FOUR:
+        panels[data, "data"] = DATASETS[data].sample(2000, run.generator("cpu", data)), ""
         for title, target in itertools.product(LOSSES, TARGETS):
             panels[data, f"{target}, {title}"] = points_of(results[data, target, LOSSES[title], 0]), ""
     plots.point_grid(panels, path)

@@ -19,7 +19,7 @@ import plots_chain
 import run
 import tables
 import variance as variances
-from datasets2d import DATASETS
+from datasets2d import DATASETS, FOUR
 from decoders import gaussian, prior
 from study import CHAINS, Missing, cell, gaps, rows
 
@@ -85,7 +85,7 @@ def entropy(data):
     return -DATASETS[data].log_prob(kind_points.load(dict(data=data)).double()).mean().item()
 
 
-def trained(study, recipe, loss, target, data=tuple(DATASETS)):
+def trained(study, recipe, loss, target, data=FOUR):
     return study.trained(recipe, [loss], list(data), [target], min(study.args.epochs, EPOCHS))
 
 

@@ -18,6 +18,7 @@ What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samp
 import argparse
 
 import discrete
+import langevin
 import run
 import samplers
 import settings
@@ -34,9 +35,16 @@ def parse(argv):
                              usage="python sample.py [options], see --help")
     parser.add_argument("--ckpt", nargs="+", help="folders of runs, or their ckpt.pt (the newest run in runs/)")
     parser.add_argument("--steps", type=settings.number(int, 1, 10**6), default=512, help="function evaluations (512)")
-    parser.add_argument("--sampler", choices=samplers.SAMPLERS, default="ancestral", help="(ancestral)")
-    parser.add_argument("--grid", choices=[*samplers.GRIDS, "rescaled"], default="t",
-                        help="what the steps are equal in: t, log-SNR, or Karras's; betas of ddpm, rescaled (t)")
+    parser.add_argument("--sampler", choices=[*samplers.SAMPLERS, "langevin"], default="ancestral",
+                        help="langevin is for runs of --loss exact, sliced or denoising (ancestral)")
+    parser.add_argument("--grid", choices=[*samplers.GRIDS, "rescaled"],
+                        help="what the steps are equal in: t, log-SNR, or Karras's; betas of ddpm, rescaled "
+                        "(t, of annealed logsnr)")
+    parser.add_argument("--step-size", type=settings.number(float, 1e-12, 1e6),
+                        help="of --sampler langevin (0.001), of annealed times sigma^2 (0.1)")
+    parser.add_argument("--steps-per-level", type=settings.number(int, 1, 10**6), help="of --sampler annealed (10)")
+    parser.add_argument("--metropolis", action="store_true", default=None,
+                        help="accept or reject the steps of --sampler langevin, of a run with --energy")
     parser.add_argument("--eta", type=settings.number(float, 0, 1),
                         help="noise of --sampler ddim, 1 is that of ancestral (0)")
     parser.add_argument("--variance", choices=[*VARIANCES, "none"],
@@ -70,10 +78,19 @@ def parse(argv):
         parser.error(f"--variance is for --sampler ancestral, {args.sampler} has none")
     if args.variance == "none" and args.sampler == "ancestral":
         parser.error("--sampler ancestral has a variance: choose " + ", ".join(VARIANCES))
-    if args.grid == "rescaled" and args.sampler in ("sde", "euler", "heun"):
+    if args.grid == "rescaled" and args.sampler in ("sde", "euler", "heun", "annealed"):
         parser.error(f"--grid rescaled is known at its own steps alone, and --sampler {args.sampler} needs its slope")
-    args.how = dict(sampler=args.sampler, grid=args.grid, **{
-        name: getattr(args, name) for name in ("eta", "variance") if getattr(args, name) is not None})
+    for name, of in dict(grid=[*samplers.SAMPLERS], step_size=["langevin", "annealed"], metropolis=["langevin"],
+                         steps_per_level=["annealed"]).items():
+        if getattr(args, name) is not None and args.sampler not in of:
+            parser.error(f"--{name.replace('_', '-')} is for --sampler {' or '.join(of)}, {args.sampler} has none")
+    if args.movie and args.sampler == "langevin":
+        parser.error("--movie shows samples from noise to data over t, and --sampler langevin has no t")
+    if args.sampler != "langevin":
+        args.grid = args.grid or ("logsnr" if args.sampler == "annealed" else "t")
+    args.how = {name: getattr(args, name) for name in (
+        "sampler", "grid", "eta", "variance", "step_size", "steps_per_level", "metropolis")
+        if getattr(args, name) is not None}
     args.in_words = ", ".join(f"{key} {value}" for key, value in args.how.items())
     return args
 
@@ -87,9 +104,14 @@ def main(argv=None):
             variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
             if args.grid == "rescaled":
                 discrete.rescaled(one.schedule, args.steps)
+            if args.metropolis and not one.config["energy"]:
+                raise ValueError("--metropolis needs a density, and this run has only a score - train with --energy")
         except ValueError as error:
             raise SystemExit(f"{one.folder}: {error}") from None
-    chosen[0][0].kind.sample(chosen, args, run.device(args.device))
+    try:
+        chosen[0][0].kind.sample(chosen, args, run.device(args.device))
+    except langevin.Diverged as error:
+        raise SystemExit(f"{error}") from None
 
 
 if __name__ == "__main__":

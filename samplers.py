@@ -14,6 +14,7 @@ slides, f and g^2 are `drift` and `diffusion_sq` of the schedule, w is Brownian 
     heun       Heun on it, second order, two evaluations a step
     dpmpp      DPM-Solver++(2M): x_hat extrapolated to the middle of the step in log-SNR, with it
                that ODE solved exactly
+    annealed   Langevin dynamics at every noise level, ten steps each (Song and Ermon 2019)
 
 Not here: guidance; the likelihood that goes with the ODE (`likelihood.py`).
 
@@ -25,6 +26,7 @@ import torch
 
 import ddpm
 import discrete
+import langevin
 import targets
 import variance as variances
 
@@ -108,14 +110,30 @@ def dpmpp(denoise, z, times, schedule, noise):
     return denoise(z, times[-1])[0]
 
 
+def annealed(denoise, z, times, schedule, noise, step_size=0.1, steps_per_level=10):
+    """Annealed Langevin dynamics in x = z / alpha, of noise level sigma / alpha (`langevin.py`).
+
+    The score of x is -eps_hat / level.
+    """
+    def score_at(x, level):
+        t = schedule.t(-2 * level.log())
+        return -denoise(schedule.alpha(t) * x, t)[1] / level
+    levels, last = torch.exp(-0.5 * schedule.logsnr(times)), schedule.alpha(times[-1])
+    x = z / schedule.alpha(times[0])
+    if len(times) > 1:
+        x = langevin.annealed(score_at, x, levels[:-1], step_size, steps_per_level,
+                              lambda x: noise())
+    return denoise(last * x, times[-1])[0]
+
+
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde,
-            "euler": euler, "heun": heun, "dpmpp": dpmpp}
-EVALUATIONS = {"heun": 2}      # of the network in every step but the last, else 1
+            "euler": euler, "heun": heun, "dpmpp": dpmpp, "annealed": annealed}
+EVALUATIONS = {"heun": 2, "annealed": 10}  # of the network at every time but the last, else 1
 
 
-def evaluations(sampler, steps):
-    """Evaluations that `sample` makes of so many `steps`: `heun` one less of an even number."""
-    each = EVALUATIONS.get(sampler, 1)
+def evaluations(sampler, steps, steps_per_level=None, **how):
+    """Evaluations that `sample` makes of so many `steps`: those of the last time are one."""
+    each = steps_per_level or EVALUATIONS.get(sampler, 1)
     return (steps + each - 1) // each * each - (each - 1)
 
 
@@ -167,14 +185,15 @@ def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="
            generator=None, stabiliser=0.0, clip=math.inf, dtype=torch.float32, **options):
     r"""Draw samples in `steps` function evaluations -> (B, ...) of `shape`.
 
-    `heun` takes one less, of an even number. model(z, t) -> prediction of `target`, with z
-    (B, ...) and the true time t (B,), however few the steps. The first z has the variance that
-    standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's device.
-    clip: every x_hat is kept in [-clip, clip], the range of images (Ho et al. 2020). options: eta
-    of `ddim`, variance and data (for `best`) of `ancestral`. For a stack of M models `target` is
-    a list of M names: all get the same draws, and
-    it returns (M * B, ...). Raises ValueError if steps < 1, and for an unknown sampler or grid;
-    grid may also be rescaled: the chain of `discrete.rescaled`, which has its own.
+    The last time takes one, the others as many as EVALUATIONS says. model(z, t) -> prediction of
+    `target`, with z (B, ...) and the true time t (B,), however few the steps. The first z has the
+    variance that standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's
+    device. clip: every x_hat is kept in [-clip, clip], the range of images (Ho et al. 2020).
+    options: eta of `ddim`, variance and data (for `best`) of `ancestral`, step_size and
+    steps_per_level of `annealed`, which is made for the grid logsnr. For a stack of M models
+    `target` is a list of M names: all get the same draws, and it returns (M * B, ...). Raises
+    ValueError if steps < 1, and for an unknown sampler or grid; grid may also be rescaled: the
+    chain of `discrete.rescaled`, which has its own.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -184,9 +203,8 @@ def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="
         if name not in table:
             raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(table)}")
     device = generator.device if generator is not None else "cpu"
-    evaluations = EVALUATIONS.get(sampler, 1)
-    times = GRIDS[grid]((steps + evaluations - 1) // evaluations, schedule, t_min,
-                        dtype=dtype, device=device)
+    each = options.get("steps_per_level", EVALUATIONS.get(sampler, 1))
+    times = GRIDS[grid]((steps + each - 1) // each, schedule, t_min, dtype=dtype, device=device)
     members = 1 if isinstance(target, str) else len(target)
     noise = lambda: torch.cat(
         [torch.randn(shape, generator=generator, device=device, dtype=dtype)] * members)

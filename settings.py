@@ -10,15 +10,15 @@ a run.
     python settings.py    # the rows: defaults for points and for images, and whether they are of a run's identity
 """
 import argparse
-import difflib
 import itertools
-import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import conflicts
 import losses
+import mlp
 import unet
+from arguments import Parser, file, folder, number, path  # noqa: F401 - of the command lines of all scripts
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from own_points import are_facts, is_file_of_points
@@ -27,61 +27,6 @@ from variance import VARIANCES
 
 ABSENT = object()          # in place of a default: this kind of data has no such setting
 NAMES = "data", "target", "loss", "seed"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors also name the word that was meant."""
-
-    def error(self, message):
-        known, found = [], re.search(r"'([^']*)'.*choose from (.*)", message)
-        if found:
-            known = re.findall(r"[\w.-]+", found[2])
-        elif found := re.search("unrecognized arguments: (--[^ =]+)", message):
-            known = re.findall(r"--[\w-]+", self.format_help())
-        for word in difflib.get_close_matches(found[1], known, 1) if found else ():
-            message += f" - did you mean {word}?"
-        super().error(message)
-
-
-def path(text, is_right, wrong):
-    """A path that need not exist; ArgumentTypeError if it can be none, or is there and is not right, but `wrong`."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name of a file or folder is empty")
-    try:
-        os.stat(text)
-    except FileNotFoundError:
-        return text
-    except (OSError, ValueError) as error:                 # a path too long, a loop of links, a character of no path
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} can be no path: {getattr(error, 'strerror', error)}") from None
-    if not is_right(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]} is {wrong}")
-    return text
-
-
-def folder(text):
-    """An argparse type: the path of a folder, which need not exist."""
-    return path(text, os.path.isdir, "a file, not a folder")
-
-
-def file(text):
-    """An argparse type: the path of a file that may be written."""
-    folder(os.path.dirname(text) or ".")
-    return path(text, os.path.isfile, "not a file")
-
-
-def number(kind, low, high=float("inf")):
-    """An argparse type: a finite number of `kind` in [low, high]."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        if not low <= value <= high or value == float("inf"):
-            least = "finite and at least" if kind is float else "at least"
-            bound = f"{least} {low}" if high == float("inf") else f"in [{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-    return parse
 
 
 @dataclass(frozen=True)
@@ -109,6 +54,12 @@ SETTINGS = [
             argument=dict(choices=VARIANCES)),
     Setting("vlb_weight", "of --loss hybrid: its factor of the bound in nats per dimension, the sum over all steps",
             1e-3, 1e-3, argument=dict(type=number(float, 0, 10**6))),
+    Setting("sigma", "noise level of a score without t, --loss exact, sliced or denoising; 0 is none (0, with "
+            "denoising 0.1)", None, argument=dict(type=number(float, 0, 100))),
+    Setting("energy", "the network's one output is an energy, the prediction of s or eps its gradient, see energy.py",
+            False, argument=dict(action=argparse.BooleanOptionalAction)),
+    Setting("activation", "relu, and silu where derivatives of the network are used", "relu",
+            argument=dict(choices=mlp.ACTIVATIONS)),
     Setting("stabiliser", "d in the score target -sigma eps / (sigma^2 + d); the thesis's numbers: 0.01", 0.0, 0.0,
             argument=dict(type=number(float, 0, 100))),
     Setting("epochs", "passes over the data", 100, 500, "points", dict(type=number(int, 1, 10**6)),
@@ -160,7 +111,7 @@ SETTINGS = [
 EXTRAS = {
     "data": ("points images", True, lambda value: isinstance(value, str) and value != ""),
     "target": ("points images", True, lambda value: isinstance(value, str) and value in TARGETS),
-    "loss": ("points images", True, lambda value: isinstance(value, str) and value in losses.LOSSES),
+    "loss": ("points images", True, lambda value: isinstance(value, str) and value in losses.NAMES),
     "seed": ("points images", True, lambda value: type(value) is int and 0 <= value <= 2**63),
     "points": ("points", False, are_facts),                # of a file of points
     "shape": ("images", True, lambda value: isinstance(value, list) and len(value) == 3 and value[0] in (1, 3)
@@ -210,7 +161,7 @@ def fault(config):
             return f"was trained with --{key.replace('_', '-')} {value!s:.40}, which this code does not have - {cure}"
     if of == "points" and config["data"] not in DATASETS and "points" not in config:
         return f"was trained with --data {config['data']:.40}, which this code does not have - {cure}"
-    found = losses.conflict(completed(config))
+    found = conflicts.conflict(completed(config))
     return found and f"was trained with settings that do not go together, {found} - give another --ckpt"
 
 
@@ -267,8 +218,12 @@ def completed(config):
 
 
 def alike(config):
-    """Of a complete config what the runs of one stack must have in common: all but data, target, loss and seed."""
-    return {key: value for key, value in config.items() if key not in NAMES}
+    """Of a complete config what the runs of one stack must have in common: all but data, target, loss and seed.
+
+    A loss of `score_matching.py` differentiates the network, and an energy its one target: there they are the same.
+    """
+    own = ["loss"] * (config.get("sigma") is not None) + ["target"] * bool(config.get("energy"))
+    return {key: value for key, value in config.items() if key not in NAMES or key in own}
 
 
 def configs(args, **more):

@@ -26,27 +26,11 @@ import settings
 import tables
 import targets
 import train
-from datasets2d import DATASETS
+from datasets2d import DATASETS, FOUR
+from recipes import CHAINS, RECIPES  # noqa: F401 - of the tables
 
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]      # of samplers
-CHAIN, CHAINS = ["--schedule", "ddpm", "--timesteps", "1000"], [10, 30, 100, 1000]
-# How networks are trained, and with which losses: the thesis's t and stabiliser (ERRATA.md entry 8), or exact weights.
-RECIPES = {
-    "stabilised": (["--t-min", "1e-6", "--stabiliser", "0.01"], ["mse", "nelbo_stable"]),
-    "exact":      ([], ["nelbo"]),
-    "plain":      ([], ["mse"]),
-    "logsnr":     (["--t-density", "logsnr"], ["nelbo"]),
-    **{f"schedule-{name}": (["--schedule", name], ["mse"]) for name in ddpm.SCHEDULES},
-    # Foundations: Ho et al.'s chain; then Nichol and Dhariwal's in T steps
-    **{f"chain-{name}": ([*CHAIN, "--variance", name], names) for name, names in {
-        "small": ["mse", "vlb"], "direct": ["vlb"], "log": ["vlb", "hybrid"], "range": ["hybrid", "vlb"]}.items()},
-    "chain-range-aware": ([*CHAIN, "--variance", "range", "--t-density", "loss_aware"], ["vlb"]),
-    **{f"chain-range-{weight}": ([*CHAIN, "--variance", "range", "--vlb-weight", weight], ["hybrid"])
-       for weight in ("1e-6", "1")},
-    **{f"steps-{T}-{name}": (["--schedule", "iddpm", "--timesteps", str(T), "--variance", name], [loss])
-       for T in CHAINS for name, loss in (("small", "mse"), ("log", "hybrid"), ("range", "hybrid"))},
-}
 DRAWS, ODE_STEPS = 100, 64     # of the bound and of the flow
 KEPT = "mean_distance", "covariance_distance", "sliced_wasserstein", "log_density"      # of samples, in runs.jsonl
 
@@ -99,7 +83,7 @@ class Study:
             raise SystemExit(f"no {part} of {name} in runs.jsonl - leave out --recorded to train what is missing")
         return self.records[name][part]
 
-    def trained(self, recipe, chosen=None, data=tuple(DATASETS), target=TARGETS, epochs=None):
+    def trained(self, recipe, chosen=None, data=FOUR, target=TARGETS, epochs=None):
         """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}."""
         (options, names), args = RECIPES[recipe], self.args
         epochs = epochs or args.epochs

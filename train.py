@@ -16,7 +16,7 @@ import itertools
 import os
 
 import checkpoints
-import discrete
+import conflicts
 import images
 import kind_points
 import losses
@@ -26,7 +26,6 @@ import settings
 import train_images
 import train_points
 from datasets2d import DATASETS
-from ddpm import SCHEDULES
 from targets import TARGETS
 
 LOOPS = {"points": train_points.train, "images": train_images.train}
@@ -51,7 +50,7 @@ def parse(argv):
                        help=f"2D: {', '.join(DATASETS)}; a .npy or .csv of points, one a row; "
                             f"images: {', '.join(images.IMAGES)} or a folder of them (rings)")
     group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
-    group.add_argument("--loss", nargs="+", choices=losses.LOSSES, default=["mse"],
+    group.add_argument("--loss", nargs="+", choices=losses.NAMES, default=["mse"],
                        help="how its errors are weighed (mse)")
     group.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0,
                        help="of weights, data, batches and noise (0)")
@@ -72,15 +71,14 @@ def parse(argv):
     if len(kinds) > 1:
         parser.error("points and images cannot be trained in one call: give them one each")
     args.kind, = kinds
-    if args.timesteps and args.t_min is None:              # z_0 = x where that can be
-        args.t_min = discrete.smallest_t(SCHEDULES[args.schedule or "cosine"])
+    conflicts.completed(args)
     settings.complete(args, args.kind, parser.error)
     if args.kind == "images" and args.stack:
         parser.error("--stack is for points, images are trained one after the other")
     if args.kind == "points" and args.batch_size > kind_points.POINTS:
         parser.error(f"argument --batch-size: must be in [1, {kind_points.POINTS}], got {args.batch_size}")
     for loss, target in itertools.product(args.loss, args.target):
-        found = losses.conflict(vars(args) | dict(loss=loss, target=target))
+        found = conflicts.conflict(vars(args) | dict(loss=loss, target=target))
         if found:
             parser.error(found)
     if args.variance == "best" and not all(data in DATASETS for data in args.data):

@@ -20,6 +20,7 @@ import losses
 import optimum
 import progress
 import run
+import score_matching
 import settings
 import stack
 import threads
@@ -38,31 +39,36 @@ def build_optimizer(model, config):
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 
-def build_step(model, optimizer, members, variance="small"):
+def build_step(model, optimizer, members, variance="small", loss="mse"):
     """One step of Adam as a function: z, t, y, w of M * B rows -> weighted errors (M * B,), norms of gradients (M,).
 
-    columns: of `variance.columns`, where the bound is in the loss.
+    columns: of `variance.columns`, where the bound is in the loss. loss: of a score without t the objective of all.
     """
-    parameters = list(model.parameters())
+    parameters, objective = list(model.parameters()), score_matching.OBJECTIVES.get(loss)
 
     def step(z, t, y, w, *columns):
-        prediction = model(z, t)
-        errors = (variances.loss(prediction, y, w, *columns, variance) if columns
-                  else losses.weighted_error(prediction, y, w))
+        if objective:
+            errors = objective(lambda z: model(z, t), z, y)
+        else:
+            prediction = model(z, t)
+            errors = (variances.loss(prediction, y, w, *columns, variance) if columns
+                      else losses.weighted_error(prediction, y, w))
         optimizer.zero_grad()
         errors.unflatten(0, (members, -1)).mean(1).sum().backward()    # members share nothing: a sum of separate losses
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad     # the constant of an energy
         norms = torch.stack([torch.linalg.vector_norm(p.grad, dim=(1, 2)) for p in parameters]).square().sum(0).sqrt()
         optimizer.step()
         return errors.detach(), norms
     return step
 
 
-def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0):
+def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0, loss="mse"):
     """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do.
 
     columns: how many it is given of `variance.columns`.
     """
-    step, device = build_step(model, optimizer, members, variance), next(model.parameters()).device
+    step, device = build_step(model, optimizer, members, variance, loss), next(model.parameters()).device
     if device.type != "cuda":
         return threads.shared(step, device)
     rows = members * batch_size
@@ -154,15 +160,7 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     points = {(config["data"], config["seed"]): config for config in configs}
     points = {key: kind_points.load(config, "train").to(device) for key, config in points.items()}
     data = [points[config["data"], config["seed"]] for config in configs]
-    tests = [optimum.test_batch(config) for config in configs]
-    terms = [optimum.test_terms(config, *test[:2]) for config, test in zip(configs, tests)]
-    optima = [optimum.optimum(config, test[3]) for config, test in zip(configs, tests)]
-    *inputs, weights = zip(*tests)
-    inputs = [stack.interleave(c, 625).to(device) for c in inputs]         # small batches: activations fit in the cache
-    weights = torch.stack(weights).to(device)                                               # (M, POINTS, 3)
-    of_chain = [] if terms[0] is None else [
-        stack.interleave(terms, 625).to(device),
-        torch.stack([optimum.share_of_bound(config) for config in configs]).to(device), shared["variance"]]
+    test, optima = optimum.ready(configs, device)
     moments = ([state and state["moments"].to(device) for state in states] if shared["t_density"] == "loss_aware"
                else None)
 
@@ -178,14 +176,14 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
                                    "param_groups": optimizer.state_dict()["param_groups"]})
     step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared),
-                      shared["variance"], terms[0].shape[1] if has_bound(configs) else 0)
+                      shared["variance"], has_bound(configs) * optimum.columns(shared), shared["loss"])
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
     on_ready()
     for epoch in range(len(histories[0]), shared["epochs"]):
         start = time.perf_counter()
         train_losses, over_t, norms = train_epoch(step, optimizer, data, epoch, configs, on_step, moments)
-        test_losses = optimum.test(model, *inputs, weights, *of_chain)
+        test_losses = test(model)
         finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: it waits for CUDA
         for m in (~finite.all(0)).nonzero().flatten().tolist():
             diverged.setdefault(m, epoch * steps + finite[:-1, m].long().cumprod(0).sum().item())
@@ -198,7 +196,8 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
             entry = dict(epoch=epoch + 1, step=(epoch + 1) * steps, train_loss=train_losses[m])
             for key, value, best in zip(("loss", *optimum.tests(shared)), test_losses[m], optima[m]):
                 entry[f"test_{key}"], entry["optimum" if key == "loss" else f"optimum_{key}"] = value, best
-            entry["train_loss_over_t"] = [float(f"{v:.5g}") if v == v else None for v in over_t[m]]     # no t there
+            if shared["sigma"] is None:
+                entry["train_loss_over_t"] = [float(f"{v:.5g}") if v == v else None for v in over_t[m]]  # no t there
             entry["gradient_norms"] = [float(f"{value:.4g}") for value in norms[:, m]]
             entry["seconds"] = round((history[-1]["seconds"] if history else 0.0) + seconds / members, 3)
             history.append(entry)
@@ -282,12 +281,17 @@ def train(args, device):
         raise SystemExit("\n".join(failures))
 
     for folder, config, _ in runs:
-        last, bound = (history := run.load(folder)["history"])[-1], optimum.tests(config)[1]
+        last = (history := run.load(folder)["history"])[-1]
         if not (folder / "loss.png").exists():
             plots.loss_curve(history, config, folder / "loss.png")
-        best = ("best possible unknown", "unknown") if last["optimum"] is None else (
-            f"best possible {last['optimum']:.4f}", f"{last[f'optimum_{bound}']:.3f}")
-        print(f"{folder}: test loss {last['test_loss']:.4f} ({best[0]}), {bound.upper()} "
-              f"{last[f'test_{bound}']:.3f} ({best[1]}) nats per dimension, {last['seconds']:.0f} s")
+        known = last["optimum"] is not None
+        found = [f"test loss {last['test_loss']:.4f} "
+                 + (f"(best possible {last['optimum']:.4f})" if known else "(best possible unknown)")]
+        for name in optimum.tests(config)[-1:]:
+            best, title, unit = f"{last[f'optimum_{name}']:.3f}" if known else "unknown", name.upper(), " nats"
+            title, unit = ("Fisher divergence", "") if name == "fisher" else (title, unit)
+            found.append(f"{title} {last[f'test_{name}']:.3f} ({best}){unit} per dimension")
+        print(f"{folder}: {', '.join(found)}, {last['seconds']:.0f} s")
     words = "--ckpt", *(folder for folder, _, _ in runs[:3]), "--steps", args.timesteps or 512
+    words += ("--sampler", "langevin") if args.sigma is not None else ()
     print(f"{progress.seconds():.0f} s in all; next: {run.command('sample.py', *words)}")

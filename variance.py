@@ -219,6 +219,11 @@ def chosen(config, variance, sampler="ancestral", steps=None, grid="t", t_min=No
 
     None is returned for a sampler that has none. ValueError, one sentence, if that cannot be.
     """
+    if config.get("sigma") is not None and sampler != "langevin":
+        raise ValueError("its score has no t: it has samples, of --sampler langevin, and no likelihood")
+    if config.get("sigma") is None and sampler == "langevin":
+        raise ValueError("its network knows many noise levels - take --sampler annealed, langevin is for "
+                         "runs of --loss exact, sliced or denoising")
     own, T = config.get("variance", "small"), config.get("timesteps")
     if sampler != "ancestral":
         if own in LEARNED and variance != "none":

@@ -1,0 +1,87 @@
+"""Which settings of a run do not go together, and what to do about it, in one sentence.
+
+Read `losses.py` first. `train.py` asks before it starts, `settings.fault` of a config that was read from a file.
+"""
+import torch
+
+import ddpm
+import discrete
+import energy
+import losses
+import score_matching
+import variance
+
+LEVELS = 50                # of noise, of the loss multi_scale where --timesteps does not say it
+WITHOUT_T = dict(timesteps=None, schedule="cosine", t_density="uniform", variance="small",
+                 stabiliser=0.0)           # the settings of a score without t that it does not use
+
+
+def score_conflict(config):
+    """`conflict` of a score without t."""
+    loss, sigma = config["loss"], config.get("sigma")
+    if config.get("kind") == "images" or "shape" in config:
+        return (f"--loss {loss} is for points: of an image of D numbers exact takes D backward passes - "
+                "take --loss multi_scale")
+    used = [f"--{name.replace('_', '-')}" for name, of in WITHOUT_T.items() if config[name] != of]
+    if config["target"] != "s":
+        return f"--loss {loss} trains a score - take --target s"
+    if used:
+        return f"--loss {loss} has no t and does not use {', '.join(used)} - leave it out"
+    if sigma is None or loss == "denoising" and not sigma:
+        return f"--loss {loss} needs a noise level above 0 - take --sigma 0.1"
+    return None
+
+
+def completed(args):
+    """Give the arguments of `train.py` what follows from others of them where it was not given: changes args."""
+    if "multi_scale" in args.loss:
+        args.timesteps, args.schedule = args.timesteps or LEVELS, args.schedule or "ve"
+    if args.timesteps and args.t_min is None:              # z_0 = x where that can be
+        args.t_min = discrete.smallest_t(ddpm.SCHEDULES[args.schedule or "cosine"])
+    if args.kind == "images":
+        return
+    if args.sigma is None and set(args.loss) & set(score_matching.OBJECTIVES):
+        args.sigma = 0.1 if "denoising" in args.loss else 0.0
+    if args.activation is None and (args.energy or set(args.loss) & set(score_matching.DERIVATIVE)):
+        args.activation = "silu"
+
+
+def conflict(config):
+    """What in a run's settings does not go together, and what to do, in words; None if nothing.
+
+    Of the config of a run, or of the arguments of `train.py` with one data, target and loss.
+    """
+    name, loss, learned = config["variance"], config["loss"], config["variance"] in variance.LEARNED
+    if config.get("energy") and (config["target"] not in energy.TARGETS or learned):
+        return ("--energy has a gradient alone: it is for --target "
+                f"{' or '.join(energy.TARGETS)}, and no learned variance")
+    if config.get("activation") == "relu" and (config["energy"] or loss in score_matching.DERIVATIVE):
+        return ("ReLU has no second derivative, and the gradient of the loss would be wrong - "
+                "take --activation silu")
+    if loss in score_matching.OBJECTIVES:
+        return score_conflict(config)
+    if config.get("sigma") is not None:
+        return (f"--sigma is for --loss {', '.join(score_matching.OBJECTIVES)}, "
+                f"{loss} has many noise levels - leave it out")
+    if config["timesteps"]:
+        if config["t_min"] < 1e-6 and discrete.smallest_t(ddpm.SCHEDULES[config["schedule"]]) > 0:
+            return (f"--t-min {config['t_min']:g} is for a schedule whose log-SNR is finite at "
+                    f"t = 1, {config['schedule']}'s is not - leave it out")
+        if config["t_density"] == "logsnr":
+            return "--t-density logsnr is of continuous time - leave it or --timesteps out"
+    elif config["t_min"] < 1e-6:
+        return f"--t-min must be in [1e-06, 0.49] without --timesteps, got {config['t_min']:g}"
+    elif name != "small" or config["t_density"] == "loss_aware":
+        what = f"--variance {name}" if name != "small" else "--t-density loss_aware"
+        return f"{what} is of a discrete chain: say of how many steps, --timesteps 1000"
+    if learned and loss not in losses.OF_A_CHAIN:
+        return f"--variance {name} is learned, which --loss {loss} does not do - take vlb or hybrid"
+    if loss == "hybrid" and not learned:
+        return f"--loss hybrid learns a variance, and {name} is fixed - add --variance range"
+    chain = losses.chain_of(config)
+    try:
+        losses.weight(loss, config["target"], chain.times[-1:] if chain else torch.tensor([0.5]),
+                      ddpm.SCHEDULES[config["schedule"]], config["stabiliser"], chain)
+    except ValueError as error:            # no weight for this target or schedule
+        return str(error)
+    return None

@@ -1,0 +1,29 @@
+"""How the networks of the study are trained: options of train.py, and which losses. `study.Study.trained` takes them.
+
+Not here: the tables and figures of each (`reproduce.py`).
+"""
+import ddpm
+
+CHAIN, CHAINS = ["--schedule", "ddpm", "--timesteps", "1000"], [10, 30, 100, 1000]
+# How networks are trained, and with which losses: the thesis's t and stabiliser (ERRATA.md entry 8), or exact weights.
+RECIPES = {
+    "stabilised": (["--t-min", "1e-6", "--stabiliser", "0.01"], ["mse", "nelbo_stable"]),
+    "exact":      ([], ["nelbo"]),
+    "plain":      ([], ["mse"]),
+    "logsnr":     (["--t-density", "logsnr"], ["nelbo"]),
+    **{f"schedule-{name}": (["--schedule", name], ["mse"]) for name in ddpm.SCHEDULES},
+    # Foundations: Ho et al.'s chain; then Nichol and Dhariwal's in T steps
+    **{f"chain-{name}": ([*CHAIN, "--variance", name], names) for name, names in {
+        "small": ["mse", "vlb"], "direct": ["vlb"], "log": ["vlb", "hybrid"], "range": ["hybrid", "vlb"]}.items()},
+    "chain-range-aware": ([*CHAIN, "--variance", "range", "--t-density", "loss_aware"], ["vlb"]),
+    **{f"chain-range-{weight}": ([*CHAIN, "--variance", "range", "--vlb-weight", weight], ["hybrid"])
+       for weight in ("1e-6", "1")},
+    **{f"steps-{T}-{name}": (["--schedule", "iddpm", "--timesteps", str(T), "--variance", name], [loss])
+       for T in CHAINS for name, loss in (("small", "mse"), ("log", "hybrid"), ("range", "hybrid"))},
+    # Slides: scores without t, of many noise levels, and what energies are compared with
+    "score-0": (["--sigma", "0"], ["exact", "sliced"]),
+    "score-0.1": (["--sigma", "0.1", "--activation", "silu"], ["denoising"]),
+    "multi-scale": (["--schedule", "ve", "--timesteps", "50", "--activation", "silu"], ["multi_scale"]),
+    "silu": (["--activation", "silu"], ["mse"]),
+    "energy": (["--energy"], ["mse"]),
+}
