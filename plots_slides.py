@@ -59,7 +59,7 @@ def fields(panels, path, points=17):
 
 
 COLOURS_OF_SCORES = {"exact score": EXACT, "learned: exact": LEARNED, "learned: denoising": "#0072B2",
-                     "learned: multi-scale": "#009E73"}
+                     "learned: multi-scale": "#009E73", "learned: multi-scale, eps": "#E69F00"}
 
 
 def shares(panels, path, truth):

@@ -48,9 +48,11 @@ def of_run(one):
 def energies(study):
     """The plain network beside one whose output is an energy."""
     lines = []
+    networks = {title: trained(study, recipe, "mse", "eps", SETS)
+                for title, recipe in (("plain", "silu"), ("energy", "energy"))}
     for data in SETS:
-        for title, recipe in ("plain", "silu"), ("energy", "energy"):
-            runs = trained(study, recipe, "mse", "eps", [data])
+        for title, runs in networks.items():
+            runs = {key: one for key, one in runs.items() if key[0] == data}
             found = list(study.measured(runs, "energy", of_run).values())
             samples, flow = list(study.sampled(runs, SAMPLE_STEPS).values()), study.likelihoods(runs).values()
             steps = [len(one.history) * (kind_points.POINTS // one.config["batch_size"]) for one in runs.values()]
@@ -81,7 +83,7 @@ def fig_planes(study, path, n=121, limit=2.6):
     line, panels = torch.linspace(-limit, limit, n), {}
     z = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
     for data in SETS:
-        one = trained(study, "energy", "mse", "eps", [data])[data, "eps", "mse", 0]
+        one = trained(study, "energy", "mse", "eps", SETS)[data, "eps", "mse", 0]
         model = one.model()
         for t in TIMES:
             on_data, alpha, sigma = points_at(one, t)

@@ -5,15 +5,15 @@ Part of `reproduce_slides.py`, which says what the functions are. Read `langevin
 """
 import functools
 
-import langevin
-import score_matching
 import torch
 
 import ddpm
 import kind_points
+import langevin
 import plots_slides
 import run
 import samplers
+import score_matching
 from datasets2d import DATASETS, GaussianMixture
 from reproduce_scores import ANNEALED_STEP, SIGMAS, STEP, budget, of_run, trained
 from study import Missing, cell, rows
@@ -103,7 +103,7 @@ def of_score(one):
 
 def of_levels(one):
     """What is measured of a run with t on the two modes."""
-    points = kind_points.draw(one, one.config["timesteps"] or 128, 10_000, one.config["seed"])[0]
+    points = kind_points.draw(one, one.config["timesteps"] or 128, 10_000, one.config["seed"], sampler="ancestral")[0]
     return {"annealed": annealed(of_run(one), one.config["seed"]), "ancestral": with_error(in_large(points))}
 
 
@@ -122,7 +122,9 @@ def measured(study):
     found = {}
     for title, recipe, target, loss, measure in (
             ("exact", "score-0", "s", "exact", of_score), ("denoising", "score-0.1", "s", "denoising", of_score),
-            ("multi-scale", "multi-scale", "s", "multi_scale", of_levels), ("eps", "silu", "eps", "mse", of_levels)):
+            ("multi-scale", "multi-scale", "s", "multi_scale", of_levels),
+            ("multi-scale, eps", "multi-scale", "eps", "multi_scale", of_levels),
+            ("eps", "silu", "eps", "mse", of_levels)):
         runs = trained(study, recipe, loss, target, ["unequal"])
         found[title] = list(study.measured(runs, "modes", measure).values())
     return found | {"exact score": [of_exact()]}
@@ -147,7 +149,7 @@ def modes(study):
                     share(found, "langevin", start, steps) for steps in ("0", "1000", "10000"))])
         if "annealed" in found[0]:
             lines.append([title, "annealed", "-", *(share(found, "annealed", steps) for steps in ("1000", "10000"))])
-            lines.append([title, "ancestral, {} steps".format(50 if title == "multi-scale" else 128), "-",
+            lines.append([title, "ancestral, {} steps".format(50 if "multi-scale" in title else 128), "-",
                           share(found, "ancestral"), "-"])
     fisher, kl = divergences()
     text = rows(["trained with", "sampler", "share at the start", "1,000 steps", "10,000 steps"], lines)
@@ -179,7 +181,8 @@ def fig_steps(study, path):
             ("Langevin", "learned: exact"): curve(results["exact"], "langevin", start),
             ("Langevin", "learned: denoising"): curve(results["denoising"], "langevin", start),
             ("annealed", "exact score"): curve(results["exact score"], "annealed"),
-            ("annealed", "learned: multi-scale"): curve(results["multi-scale"], "annealed")}
+            ("annealed", "learned: multi-scale"): curve(results["multi-scale"], "annealed"),
+            ("annealed", "learned: multi-scale, eps"): curve(results["multi-scale, eps"], "annealed")}
     plots_slides.shares(panels, path, truth=0.8)
 
 

@@ -7,14 +7,14 @@ Not here: where no data are (`reproduce_modes.py`).
 import functools
 import math
 
-import langevin
-import score_matching
 import torch
 
 import ddpm
 import kind_points
+import langevin
 import plots_slides
 import run
+import score_matching
 import targets
 from datasets2d import DATASETS, FOUR
 from metrics import DISTANCES
@@ -63,6 +63,7 @@ def of_run(one):
 LEVELS, TESTED = (0.01, 0.1, 0.3, 1.0), 20_000
 LEARNED = [("exact", "score-0", "s", "exact"), ("sliced", "score-0", "s", "sliced"),
            ("denoising", "score-0.1", "s", "denoising"), ("multi-scale", "multi-scale", "s", "multi_scale"),
+           ("multi-scale, eps", "multi-scale", "eps", "multi_scale"),
            ("eps", "silu", "eps", "mse"), ("v", "silu", "v", "mse")]
 
 
@@ -102,15 +103,14 @@ def scores(study):
         f"Fisher divergence, Eq. (3.30), sums over two dimensions, {TESTED:,} test points z = x + level eps, "
         f"{study.args.seeds} seeds, mean +- standard deviation; {budget(study)} for all. A score "
         "without t has one level, its own: exact and sliced have 0 and are compared with the truth of 0.01, denoising "
-        "has 0.1. eps and v, trained on the cosine schedule: z / sqrt(1 + level^2) is theirs, and the score of z is "
-        "-eps_hat / level. 0 everywhere: what no network has, E|score|^2 / 2."]
+        "has 0.1. multi-scale: s, and eps with the same functional. eps and v: `mse` on the cosine schedule, where z / "
+        "sqrt(1 + level^2) is the network's z and -eps_hat / level the score. 0 everywhere: of no network, E|score|^2 / 2."]
 
 
 ANNEALED, PLAIN = 500, 500             # evaluations
-DRAWN = [("exact", "score-0", "s", "exact", "langevin", PLAIN), ("denoising", "score-0.1", "s", "denoising", "langevin",
-          PLAIN), ("multi-scale", "multi-scale", "s", "multi_scale", "annealed", ANNEALED),
-         ("multi-scale", "multi-scale", "s", "multi_scale", "ancestral", 50), ("eps", "silu", "eps", "mse", "annealed",
-          ANNEALED), ("eps", "silu", "eps", "mse", "ancestral", 128), ("v", "silu", "v", "mse", "ancestral", 128)]
+DRAWN = [(*LEARNED[0], "langevin", PLAIN), (*LEARNED[2], "langevin", PLAIN), (*LEARNED[3], "annealed", ANNEALED),
+         (*LEARNED[3], "ancestral", 50), (*LEARNED[4], "annealed", ANNEALED), (*LEARNED[4], "ancestral", 50),
+         (*LEARNED[5], "annealed", ANNEALED), (*LEARNED[5], "ancestral", 128), (*LEARNED[6], "ancestral", 128)]
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import functools
 import math
 import time
 
-import score_matching
 import torch
 from torch import nn
 
@@ -18,17 +17,10 @@ import reproduce_frozen
 import reproduce_modes
 import reproduce_scores
 import run
+import score_matching
 from datasets2d import DATASETS
 from study import rows
 
-# What study.RECIPES has of these: options and losses, all with the same network but for t.
-RECIPES = {
-    "score-0": (["--sigma", "0"], ["exact", "sliced"]),
-    "score-0.1": (["--sigma", "0.1", "--activation", "silu"], ["denoising"]),
-    "multi-scale": (["--schedule", "ve", "--timesteps", "50", "--activation", "silu"], ["multi_scale"]),
-    "silu": (["--activation", "silu"], ["mse"]),
-    "energy": (["--energy"], ["mse"]),
-}
 POINTS, SCALES = 200_000, 0.01 * 500**torch.linspace(0, 1, 10, dtype=torch.float64)      # of the wrong score
 
 def bend(z):
