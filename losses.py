@@ -85,7 +85,6 @@ LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelb
           "multi_scale": multi_scale}
 COSINE_ONLY = "nelbo_stable",
 OF_A_CHAIN = "vlb", "hybrid"
-NAMES = *LOSSES, *score_matching.OBJECTIVES            # of --loss: weights, then scores without t
 
 
 def weight(loss, target, t, schedule, stabiliser=0.0, chain=None):

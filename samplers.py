@@ -131,7 +131,7 @@ SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde,
 EVALUATIONS = {"heun": 2, "annealed": 10}  # of the network at every time but the last, else 1
 
 
-def evaluations(sampler, steps, steps_per_level=None, **how):
+def evaluations(sampler="ancestral", steps=512, steps_per_level=None, **how):
     """Evaluations that `sample` makes of so many `steps`: those of the last time are one."""
     each = steps_per_level or EVALUATIONS.get(sampler, 1)
     return (steps + each - 1) // each * each - (each - 1)

@@ -22,6 +22,7 @@ from arguments import Parser, file, folder, number, path  # noqa: F401 - of the 
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from own_points import are_facts, is_file_of_points
+from score_matching import OBJECTIVES
 from targets import TARGETS
 from variance import VARIANCES
 
@@ -111,7 +112,7 @@ SETTINGS = [
 EXTRAS = {
     "data": ("points images", True, lambda value: isinstance(value, str) and value != ""),
     "target": ("points images", True, lambda value: isinstance(value, str) and value in TARGETS),
-    "loss": ("points images", True, lambda value: isinstance(value, str) and value in losses.NAMES),
+    "loss": ("points images", True, lambda value: isinstance(value, str) and value in (*losses.LOSSES, *OBJECTIVES)),
     "seed": ("points images", True, lambda value: type(value) is int and 0 <= value <= 2**63),
     "points": ("points", False, are_facts),                # of a file of points
     "shape": ("images", True, lambda value: isinstance(value, list) and len(value) == 3 and value[0] in (1, 3)

@@ -26,6 +26,7 @@ import settings
 import train_images
 import train_points
 from datasets2d import DATASETS
+from score_matching import OBJECTIVES
 from targets import TARGETS
 
 LOOPS = {"points": train_points.train, "images": train_images.train}
@@ -50,7 +51,7 @@ def parse(argv):
                        help=f"2D: {', '.join(DATASETS)}; a .npy or .csv of points, one a row; "
                             f"images: {', '.join(images.IMAGES)} or a folder of them (rings)")
     group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
-    group.add_argument("--loss", nargs="+", choices=losses.NAMES, default=["mse"],
+    group.add_argument("--loss", nargs="+", choices=[*losses.LOSSES, *OBJECTIVES], default=["mse"],
                        help="how its errors are weighed (mse)")
     group.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0,
                        help="of weights, data, batches and noise (0)")

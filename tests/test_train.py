@@ -191,10 +191,10 @@ def test_defaults_are_the_documented_ones():
                   warmup=1000, clip_norm=1.0, minutes=math.inf, train_steps=math.inf, test_every=2000,
                   grid_every=10_000, compile=None, dropout=0.0, flip=None)
     assert args == dict(kind="points", **dict.fromkeys(images), **shared, data=["rings"], epochs=100, batch_size=512,
-                        lr=1e-3, width=128)
+                        lr=1e-3, width=128, sigma=None, energy=False, activation="relu")
     of_images = train.parse(["--data", "cifar10"])
     assert vars(of_images) == dict(kind="images", **images, **shared, data=["cifar10"], epochs=500, batch_size=128,
-                                   lr=2e-4, width=None)
+                                   lr=2e-4, width=None, sigma=None, energy=None, activation=None)
     assert settings.configs(of_images)[0].items() >= unet.PRESETS["ddpm"].items()
     changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32",
                                              "--attention", "0"]))
@@ -234,7 +234,8 @@ def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     folder = tmp_path / "a" / "clusters-eps-mse-s0"
     state = run.load(folder)
     assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
-                                      "epochs", "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight"}
+                                      "epochs", "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight",
+                                      "sigma", "energy", "activation"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt
