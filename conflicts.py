@@ -55,6 +55,8 @@ def conflict(config):
     if config.get("energy") and (config["target"] not in energy.TARGETS or learned):
         return ("--energy has a gradient alone: it is for --target "
                 f"{' or '.join(energy.TARGETS)}, and no learned variance")
+    if config.get("energy") and config["target"] == "s" and config["stabiliser"]:
+        return "--energy is -log p of the score itself, which --stabiliser changes - leave one out"
     if config.get("activation") == "relu" and (config["energy"] or loss in score_matching.DERIVATIVE):
         return ("ReLU has no second derivative, and the gradient of the loss would be wrong - "
                 "take --activation silu")

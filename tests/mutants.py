@@ -1001,6 +1001,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("conflicts.py", '(config["energy"] or loss in score_matching.DERIVATIVE)', 'config["energy"]'),
     ("conflicts.py", '(config["energy"] or loss in score_matching.DERIVATIVE)', "loss in score_matching.DERIVATIVE"),
     ("conflicts.py", '    if config["target"] != "s":', "    if False:"),
+    ("conflicts.py", 'config["target"] == "s" and config["stabiliser"]:', "False:"),
     ("conflicts.py", "    if used:", "    if False:"),
     ("conflicts.py", 'loss == "denoising" and not sigma:', "False:"),
     ("conflicts.py", '    if config.get("sigma") is not None:\n        return (f"--sigma',

@@ -181,6 +181,7 @@ def test_what_follows_from_a_loss():
     ("--loss mse --energy --activation relu", "take --activation silu"),
     ("--loss mse --energy --target v", "it is for --target s or eps"),
     ("--loss hybrid --energy --timesteps 9 --variance range", "no learned variance"),
+    ("--loss mse --energy --stabiliser 0.01", "which --stabiliser changes - leave one out"),
     ("--loss exact --sigma -1", "in [0"),
     ("--loss exact --data mnist", "of an image of D numbers exact takes D backward passes"),
     ("--loss mse --energy --data mnist", "--energy is a setting of points, not of images"),
