@@ -81,9 +81,13 @@ def conflict(config):
     if loss == "hybrid" and not learned:
         return f"--loss hybrid learns a variance, and {name} is fixed - add --variance range"
     chain = losses.chain_of(config)
+    t = chain.times[-1:] if chain else torch.tensor([config["t_min"], 0.5, 1 - config["t_min"]])
     try:
-        losses.weight(loss, config["target"], chain.times[-1:] if chain else torch.tensor([0.5]),
-                      ddpm.SCHEDULES[config["schedule"]], config["stabiliser"], chain)
+        found = losses.weight(loss, config["target"], t, ddpm.SCHEDULES[config["schedule"]], config["stabiliser"],
+                              chain)
     except ValueError as error:            # no weight for this target or schedule
         return str(error)
+    if not found.isfinite().all():
+        return (f"--loss {loss} has no finite weight for target {config['target']} with schedule "
+                f"{config['schedule']} - take mse, or a larger --t-min")
     return None

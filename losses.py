@@ -20,6 +20,7 @@ import discrete
 import score_matching
 import targets
 import variance
+import weightings
 
 STABLE_D = 0.01        # the thesis's stabiliser, inferred from its Table 4.1: ERRATA.md entry 8
 
@@ -80,9 +81,20 @@ def multi_scale(target, alpha, sigma, det, dlogsnr):
     return 0.5 * (alpha / det)**2
 
 
+def v_space(target, alpha, sigma, det, dlogsnr):
+    """The error of v_hat whatever is predicted, as `rescaled` is that of x_hat."""
+    return ((alpha**2 + sigma**2) / det)**2
+
+
+def u_space(target, alpha, sigma, det, dlogsnr):
+    """The error of u_hat whatever is predicted: of flow matching on schedule `flow`."""
+    return ((alpha + sigma) / det)**2
+
+
 LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelbo_stable,
           "vlb": vlb, "hybrid": mse,       # hybrid: and a little of vlb, Foundations 6.1
-          "multi_scale": multi_scale}
+          "multi_scale": multi_scale, "v_space": v_space, "u_space": u_space,
+          **weightings.ROWS}               # simple (of eps_hat), sigmoid, min_snr, p2, edm, ...
 COSINE_ONLY = "nelbo_stable",
 OF_A_CHAIN = "vlb", "hybrid"
 
@@ -103,6 +115,18 @@ def weight(loss, target, t, schedule, stabiliser=0.0, chain=None):
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     det = targets.determinant(target, alpha, sigma, stabiliser, step_of(chain, t))
     return LOSSES[loss](target, alpha, sigma, det, schedule.dlogsnr(t))
+
+
+def translate(source, to, t, schedule):
+    """The factor that makes the squared error of target `source` that of target `to`: (B,) -> (B,).
+
+    (det_to / det_source)^2 for one network's prediction, whatever it is: VDM Table 4.3, for every
+    pair and schedule. For alpha^2 + sigma^2 = 1 (v to eps is printed 1 / alpha^2, ERRATA.md):
+        eps to x  sigma^2 / alpha^2    v to x    sigma^2    v to eps  alpha^2
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    det = {name: targets.determinant(name, alpha, sigma) for name in (source, to)}
+    return (det[to] / det[source])**2
 
 
 def step_of(chain, t):
@@ -257,3 +281,9 @@ if __name__ == "__main__":
         for target in "x", "eps", "v", "s":
             print(f"{name:13s} {target:6s} "
                   f"{row(weight(name, target, t, ddpm.SCHEDULES['cosine']))}")
+    names = [name for name in targets.TARGETS if name not in targets.OF_A_STEP]
+    print("\nsquared error of the row = factor times that of the column, cosine, t = 0.1\n      "
+          + " ".join(f"{name:>9s}" for name in names))
+    for to in names:
+        print(f"{to:6s}" + row(torch.stack([translate(
+            source, to, t[2], ddpm.SCHEDULES["cosine"]) for source in names])))
