@@ -21,13 +21,14 @@ import reproduce_beyond
 import reproduce_foundations
 import reproduce_slides
 import reproduce_thesis
+import reproduce_vdm
 import run
 import settings
 import train
 from study import Study
 
 DOCUMENTS = {"thesis": reproduce_thesis, "beyond": reproduce_beyond, "foundations": reproduce_foundations,
-             "slides": reproduce_slides}
+             "slides": reproduce_slides, "vdm": reproduce_vdm}
 RESULTS = {name: (document, *row) for document, module in DOCUMENTS.items() for name, row in module.RESULTS.items()}
 DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
 OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         # None: always said

@@ -85,7 +85,7 @@ def falls(w):
 # The rows of `losses.LOSSES`
 
 def row(factor, of_nelbo):
-    """A weight of `losses.LOSSES`: a function of log-SNR times the weight of `nelbo`, or else of the error of eps_hat."""
+    """A weight of `losses.LOSSES`: a function of log-SNR times that of `nelbo`, or else of the error of eps_hat."""
     def weight(target, alpha, sigma, det, dlogsnr):
         logsnr = 2 * torch.log(alpha / sigma)
         return factor(logsnr) * (alpha / det)**2 * (-0.5 * dlogsnr if of_nelbo else 1)
@@ -118,7 +118,7 @@ def implied(loss, target, schedule, logsnr):
     With t ~ U(t_min, 1 - t_min) the loss is the integral over that range divided by 1 - 2 t_min. Raises ValueError
     outside of the schedule's range, and where `losses.weight` does: of a discrete chain there is no p(lambda).
     """
-    import losses                  # not above: its LOSSES has the rows of this file
+    import losses  # not above: its LOSSES has the rows of this file
 
     t = time(schedule, logsnr)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)

@@ -1,0 +1,61 @@
+"""Demystifying Variational Diffusion Models: every loss as a weight of log-SNR.
+
+Functions of a `study.Study` and a path draw a figure: see RESULTS. Read `weightings.py` first.
+
+Not here: what the results show, which is written in results/vdm/README.md.
+"""
+import torch
+
+import plots_weightings
+import targets
+import weightings
+from ddpm import SCHEDULES
+
+
+def grid(schedule, limit, n=401):
+    """Log-SNR from -limit to limit, where the schedule has it: (n,)."""
+    logsnr, (low, high) = torch.linspace(-limit, limit, n, dtype=torch.float64), schedule.ends(1e-9)
+    return logsnr[(logsnr > low) & (logsnr < high)]
+
+
+SPACES = {"x": "rescaled", "eps": "simple", "v": "v_space", "u": "u_space"}     # mse of one target, for all of them
+
+
+def implied_weights(limit=10):
+    """{title: {name: (logsnr, w)}}: of `mse`, a panel for each target; of the rows of WEIGHTINGS, two panels.
+
+    A name is a schedule, or a loss with the cosine schedule.
+    """
+    panels, logsnr = {}, torch.linspace(-limit, limit, 401, dtype=torch.float64)
+    for target in [name for name in targets.TARGETS if name not in targets.OF_A_STEP]:
+        curves = panels[f"mse of {target}" + (f"; {SPACES[target]}" if target in SPACES else "")] = {}
+        for name, schedule in SCHEDULES.items():
+            own = grid(schedule, limit)
+            curves[name] = own, weightings.implied("mse", target, schedule, own)
+        if target in ("x", "eps", "v", "s"):
+            curves["nelbo_stable"] = logsnr, weightings.implied("nelbo_stable", target, SCHEDULES["cosine"], logsnr)
+    for title, names in (("any target and schedule", weightings.OF_LOGSNR),
+                         ("any target, cosine schedule", weightings.OF_EPS)):
+        panels[title] = {name: (logsnr, weightings.WEIGHTINGS[name](logsnr)) for name in names}
+    return panels
+
+
+def fig_weights(study, path):
+    """w(lambda) of every loss, VDM 4.4, a panel for each target."""
+    plots_weightings.over_logsnr(implied_weights(), path)
+
+
+def fig_densities(study, path):
+    """p(lambda) of every schedule, VDM 4.5."""
+    curves = {}
+    for name, schedule in SCHEDULES.items():
+        logsnr = grid(schedule, 14)
+        curves[name] = logsnr, weightings.density(schedule, logsnr)
+    plots_weightings.densities(curves, path)
+
+
+RESULTS = {
+    "weights": (fig_weights, "every loss as a weight of log-SNR, by target; dashed: not monotone"),
+    "densities": (fig_densities, "density of log-SNR of every schedule, t uniform"),
+}
+TABLES = ()
