@@ -12,7 +12,7 @@ import weightings
 from ddpm import SCHEDULES
 
 
-def grid(schedule, limit, n=401):
+def grid(schedule, limit, n=201):
     """Log-SNR from -limit to limit, where the schedule has it: (n,)."""
     logsnr, (low, high) = torch.linspace(-limit, limit, n, dtype=torch.float64), schedule.ends(1e-9)
     return logsnr[(logsnr > low) & (logsnr < high)]
@@ -26,7 +26,7 @@ def implied_weights(limit=10):
 
     A name is a schedule, or a loss with the cosine schedule.
     """
-    panels, logsnr = {}, torch.linspace(-limit, limit, 401, dtype=torch.float64)
+    panels, logsnr = {}, torch.linspace(-limit, limit, 201, dtype=torch.float64)
     for target in [name for name in targets.TARGETS if name not in targets.OF_A_STEP]:
         curves = panels[f"mse of {target}" + (f"; {SPACES[target]}" if target in SPACES else "")] = {}
         for name, schedule in SCHEDULES.items():

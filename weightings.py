@@ -123,7 +123,7 @@ def implied(loss, target, schedule, logsnr):
     t = time(schedule, logsnr)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     det = targets.determinant(target, alpha, sigma)
-    return 2 * density(schedule, logsnr) * losses.weight(loss, target, t, schedule) * (det / alpha)**2
+    return -2 / schedule.dlogsnr(t) * losses.weight(loss, target, t, schedule) * (det / alpha)**2    # 2 p(lambda) ...
 
 
 if __name__ == "__main__":
