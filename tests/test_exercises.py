@@ -28,10 +28,10 @@ ALPHA, SIGMA = torch.cos(math.pi / 2 * T), torch.sin(math.pi / 2 * T)
 
 
 def check_loss():
-    """By Hang et al. the weight on the error of x_hat is min(SNR, 5), so on that of eps_hat min(SNR, 5) / SNR."""
+    """By Yu et al. the weight on the error of eps_hat is 1 / sqrt(SNR), so on that of x_hat sqrt(SNR)."""
     snr = ALPHA**2 / SIGMA**2
     for target, on_x in ("x", torch.ones_like(T)), ("eps", 1 / snr), ("v", SIGMA**2), ("s", SIGMA**4 / ALPHA**2):
-        assert_close(losses.weight("min_snr", target, T, SCHEDULES["cosine"]), snr.clamp(max=5) * on_x)
+        assert_close(losses.weight("debiased", target, T, SCHEDULES["cosine"]), snr.sqrt() * on_x)
 
 
 def check_target():
@@ -84,7 +84,7 @@ def check_dataset():
     assert_close(data.std, 0.1 / scale)
 
 
-EXERCISES = {"loss": (losses.LOSSES, "min_snr", check_loss), "target": (targets.TARGETS, "diff", check_target),
+EXERCISES = {"loss": (losses.LOSSES, "debiased", check_loss), "target": (targets.TARGETS, "diff", check_target),
              "sampler": (samplers.SAMPLERS, "ddim_half", check_sampler),
              "schedule": (SCHEDULES, "sigmoid", check_schedule), "dataset": (DATASETS, "moons", check_dataset)}
 
@@ -97,9 +97,9 @@ def test_exercise(name):
     check()
 
 
-MIN_SNR = """
-def min_snr(target, alpha, sigma, det, dlogsnr):
-    return torch.clamp((alpha / sigma)**2, max=5) * (sigma / det)**2
+DEBIASED = """
+def debiased(target, alpha, sigma, det, dlogsnr):
+    return sigma / alpha * (alpha / det)**2
 
 """
 DDIM_HALF = """
@@ -120,7 +120,7 @@ def moons(n=1000):
 
 """
 TYPED = [  # file, what stands there, what is typed before it or, into a table, after it: each new row comes first
-    ("losses.py", "\nLOSSES = {", MIN_SNR, '"min_snr": min_snr, '),
+    ("losses.py", "\nLOSSES = {", DEBIASED, '"debiased": debiased, '),
     ("targets.py", "\nTARGETS = {", "", '"diff": lambda alpha, sigma, d: (-alpha, sigma), '),
     ("samplers.py", "\nSAMPLERS = {", DDIM_HALF, '"ddim_half": ddim_half, '),
     ("samplers.py", "\nEVALUATIONS = {", "", '"ddim_half": 2, '),
@@ -141,10 +141,11 @@ def typed(source, *names):
 def test_the_exercises_can_be_solved_and_failed(monkeypatch):
     from ddpm import Schedule
     constant = lambda t: torch.full_like(t, -20.0)
-    (min_snr,), (ddim_half,), (moons,) = typed(MIN_SNR, "min_snr"), typed(DDIM_HALF, "ddim_half"), typed(MOONS, "moons")
-    right = {"loss": min_snr, "target": lambda alpha, sigma, d: (-alpha, sigma), "sampler": ddim_half,
+    debiased, ddim_half, moons = (typed(source, name)[0] for source, name in (
+        (DEBIASED, "debiased"), (DDIM_HALF, "ddim_half"), (MOONS, "moons")))
+    right = {"loss": debiased, "target": lambda alpha, sigma, d: (-alpha, sigma), "sampler": ddim_half,
              "schedule": Schedule(lambda t: 10 - 20 * t, constant), "dataset": datasets2d.standardised(*moons())}
-    wrong = {"loss": lambda *c: min_snr(*c) / 2, "target": lambda alpha, sigma, d: (alpha, -sigma),
+    wrong = {"loss": lambda *c: debiased(*c) / 2, "target": lambda alpha, sigma, d: (alpha, -sigma),
              "sampler": samplers.ddim, "schedule": Schedule(lambda t: 10 - 19 * t, constant),
              "dataset": datasets2d.standardised(moons()[0], 0.2)}
     monkeypatch.setitem(samplers.EVALUATIONS, "ddim_half", 2)
@@ -167,9 +168,9 @@ def test_recipes_typed_into_the_files_work_and_leave_the_tests_green(tmp_path):
         path.write_text(text.replace(there, f"{before}{there}{after}"))
     run = lambda *words: subprocess.run([sys.executable, *words], cwd=tmp_path / "project", text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    result = run("train.py", "--data", "moons", "--target", "diff", "--loss", "min_snr", "--schedule", "sigmoid",
+    result = run("train.py", "--data", "moons", "--target", "diff", "--loss", "debiased", "--schedule", "sigmoid",
                  "--epochs", "1", "--batch-size", "25000", "--width", "8")
-    assert result.returncode == 0 and "moons-diff-min_snr-s0: test loss" in result.stdout, result.stdout
+    assert result.returncode == 0 and "moons-diff-debiased-s0: test loss" in result.stdout, result.stdout
     result = run("sample.py", "--sampler", "ddim_half", "--steps", "3", "--num-samples", "100")
     assert result.returncode == 0 and "covariance distance" in result.stdout, result.stdout
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_targets.py", "tests/test_settings.py",

@@ -412,11 +412,11 @@ def test_a_new_target_needs_its_row_only(tmp_path, monkeypatch):
 
 
 def test_a_new_loss_needs_its_function_only(tmp_path, monkeypatch):
-    def min_snr(target, alpha, sigma, det, dlogsnr):
-        return torch.clamp((alpha / sigma)**2, max=5) * (sigma / det)**2
-    monkeypatch.setitem(losses.LOSSES, "min_snr", min_snr)
-    fit(tmp_path, "--loss", "min_snr")
-    assert run.load(tmp_path / "clusters-eps-min_snr-s0")["config"]["loss"] == "min_snr"
+    def debiased(target, alpha, sigma, det, dlogsnr):
+        return sigma / alpha * (alpha / det)**2
+    monkeypatch.setitem(losses.LOSSES, "debiased", debiased)
+    fit(tmp_path, "--loss", "debiased")
+    assert run.load(tmp_path / "clusters-eps-debiased-s0")["config"]["loss"] == "debiased"
 
 
 def test_ctrl_c_is_exit_code_130_and_one_sentence(capsys):
