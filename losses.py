@@ -9,7 +9,7 @@ as a factor on the mean, as (3.13) and (3.62) are printed, it would be another n
 means over dimensions, so a NELBO is in nats per dimension.
 
 Not here: prior and reconstruction terms of the bound (Eq. 3.6); the losses here are its diffusion
-term.
+term. `weightings.py` has more weights, and says what each is as one of log-SNR.
 
     python losses.py      # the weight of every loss and target over t
 """

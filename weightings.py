@@ -5,9 +5,9 @@ Read `losses.py` first, whose LOSSES has the rows of this file. With lambda = lo
     E_t[weight(t) * error of the target] = 1/2 * integral of w(lambda) * error of eps_hat, d lambda      VDM 4.113
     w(lambda) = 2 p(lambda) * weight(t) * (det / alpha)^2,       p(lambda) = -dt / d lambda              VDM 4.102
 
-errors squared, means over dimensions. No factor is left open: `nelbo` has w = 1 for every target and schedule, and
-only if w falls with lambda the loss is a bound, that of data with Gaussian noise added (Kingma and Gao 2023). In closed
-form, for the weight 1 (`mse`):
+errors squared, means over dimensions. No factor is left open: `nelbo` has w = 1 for every target and schedule. Where w
+nowhere rises with lambda the loss is a bound too, of data with Gaussian noise added (VDM 4.7). In closed form, exact,
+for the weight 1 (`mse`):
 
     2 p(lambda)         cosine  sech(lambda / 2) / pi           flow  sech(lambda / 4)^2 / 4
                         edm     2 N(lambda; 2.4, 2.4^2)         ve    1 / log(5000)
@@ -40,10 +40,15 @@ def sech(x):
     return 1 / torch.cosh(x)
 
 
+def sigmoid(logsnr, bias=BIAS):
+    """Kingma and Gao 2023: 1 for much noise, down to 1/2 at log-SNR = bias."""
+    return torch.sigmoid(bias - logsnr)
+
+
 def edm(logsnr):
     """The training of EDM, `mse` of F with schedule edm: w = 2 N(lambda; 2.4, 2.4^2) (1 + e^-lambda).
 
-    For data of variance 1. Karras et al. 2022, Table 1, have e^-lambda + 0.25 over 0.25, for images of deviation 0.5.
+    For data of variance 1; Karras et al. 2022 have (e^-lambda + 0.25) / 0.25 in it, for images of deviation 0.5.
     """
     normal = torch.exp(-0.5 * ((logsnr - MEAN) / STD)**2) / (math.sqrt(2 * math.pi) * STD)
     return 2 * normal * (1 + torch.exp(-logsnr))
@@ -52,7 +57,7 @@ def edm(logsnr):
 # w(lambda), whatever the schedule: such a loss is w times `nelbo`.
 OF_LOGSNR = {
     "elbo":          torch.ones_like,                                           # `nelbo` itself
-    "sigmoid":       lambda logsnr: torch.sigmoid(BIAS - logsnr),               # Kingma and Gao 2023
+    "sigmoid":       sigmoid,
     "edm":           edm,
     "edm_monotonic": lambda logsnr: edm(logsnr.clamp(min=PEAK)),                # Kingma and Gao 2023: and flat below
 }
@@ -72,7 +77,7 @@ def with_cosine(factor):
 
 
 WEIGHTINGS = OF_LOGSNR | {name: with_cosine(factor) for name, factor in OF_EPS.items()}
-# Does w nowhere rise with log-SNR? Then the loss is a bound of data with noise added (VDM 4.7).
+# Does w of WEIGHTINGS nowhere rise with log-SNR?
 MONOTONIC = {"elbo": True, "sigmoid": True, "edm": False, "edm_monotonic": True, "simple": False, "min_snr": False,
              "soft_min_snr": False, "trunc_snr": True, "p2": False}
 
@@ -98,11 +103,6 @@ ROWS = {name: row(w, True) for name, w in OF_LOGSNR.items() if name != "elbo"} |
 
 # What a loss amounts to
 
-def density(schedule, logsnr):
-    """p(lambda) of log-SNR for t ~ U(0, 1), VDM 4.102: (n,) -> (n,). ValueError outside of the schedule's range."""
-    return -1 / schedule.dlogsnr(time(schedule, logsnr))
-
-
 def time(schedule, logsnr):
     """The t of a log-SNR; ValueError if the schedule has none."""
     t = schedule.t(logsnr)
@@ -110,6 +110,11 @@ def time(schedule, logsnr):
         low, high = schedule.logsnr(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
         raise ValueError(f"the schedule has log-SNR from {low:.4g} to {high:.4g} - take values between")
     return t
+
+
+def density(schedule, logsnr):
+    """p(lambda) of log-SNR for t ~ U(0, 1), VDM 4.102: (n,) -> (n,). ValueError outside of the schedule's range."""
+    return -1 / schedule.dlogsnr(time(schedule, logsnr))
 
 
 def implied(loss, target, schedule, logsnr):
@@ -123,7 +128,7 @@ def implied(loss, target, schedule, logsnr):
     t = time(schedule, logsnr)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     det = targets.determinant(target, alpha, sigma)
-    return -2 / schedule.dlogsnr(t) * losses.weight(loss, target, t, schedule) * (det / alpha)**2    # 2 p(lambda) ...
+    return -2 / schedule.dlogsnr(t) * losses.weight(loss, target, t, schedule) * (det / alpha)**2    # 2 p(lambda) * ...
 
 
 if __name__ == "__main__":

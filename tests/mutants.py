@@ -1124,7 +1124,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("weightings.py", "return 1 / torch.cosh(x)", "return 1 / torch.cosh(x)**2"),
     ("weightings.py", "return 2 * normal * (1 + torch.exp(-logsnr))", "return normal * (1 + torch.exp(-logsnr))"),
     ("weightings.py", "return 2 * normal * (1 + torch.exp(-logsnr))", "return 2 * normal * (1 + torch.exp(logsnr))"),
-    ("weightings.py", "torch.sigmoid(BIAS - logsnr)", "torch.sigmoid(BIAS + logsnr)"),
+    ("weightings.py", "torch.sigmoid(bias - logsnr)", "torch.sigmoid(bias + logsnr)"),
     ("weightings.py", "edm(logsnr.clamp(min=PEAK))", "edm(logsnr.clamp(max=PEAK))"),
     ("weightings.py", "(GAMMA * torch.exp(-logsnr)).clamp(max=1)", "torch.exp(-logsnr).clamp(max=GAMMA)"),
     ("weightings.py", "GAMMA / (torch.exp(logsnr) + GAMMA)", "1 / (torch.exp(logsnr) + GAMMA)"),
