@@ -202,6 +202,9 @@ def test_a_target_without_a_finite_weight_is_refused(monkeypatch, capsys):
     assert conflicts.conflict(config) == ("--loss sigmoid has no finite weight for target z with schedule cosine - "
                                           "take mse, or a larger --t-min")
     assert conflicts.conflict(config | {"loss": "mse"}) is None
+    for some in (lambda alpha: alpha > 0.01), (lambda alpha: alpha < 0.999):               # det 0 at one end alone
+        monkeypatch.setitem(targets.TARGETS, "z", lambda alpha, sigma, d: (1.0 * some(alpha), 0.0))     # noqa: B023
+        assert "no finite weight" in conflicts.conflict(config)
     with pytest.raises(SystemExit) as stop:
         train.main(["--target", "z", "--loss", "sigmoid"])
     assert stop.value.code == 2 and "no finite weight for target z" in capsys.readouterr().err
