@@ -104,7 +104,8 @@ def scores(study):
         f"{study.args.seeds} seeds, mean +- standard deviation; {budget(study)} for all. A score "
         "without t has one level, its own: exact and sliced have 0 and are compared with the truth of 0.01, denoising "
         "has 0.1. multi-scale: s, and eps with the same functional. eps and v: `mse` on the cosine schedule, where z / "
-        "sqrt(1 + level^2) is the network's z and -eps_hat / level the score. 0 everywhere: of no network, E|score|^2 / 2."]
+        "sqrt(1 + level^2) is the network's z and -eps_hat / level the score. 0 everywhere: of no network, "
+        "E|score|^2 / 2."]
 
 
 ANNEALED, PLAIN = 500, 500             # evaluations
