@@ -72,7 +72,7 @@ def study(tmp_path_factory):
                                         "--device", "cpu", "--runs", str(folder / "runs"),
                                         "--out", str(folder / "results")])
     patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()
-                                         if row[0] != "foundations"})          # that is tested in test_foundations.py
+                                         if row[0] not in ("foundations", "slides")})     # in test_foundations.py, test_slides.py
     call("all")
     yield folder, drawn, call
     patch.undo()
