@@ -71,8 +71,8 @@ def study(tmp_path_factory):
     call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
                                         "--device", "cpu", "--runs", str(folder / "runs"),
                                         "--out", str(folder / "results")])
-    patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()
-                                         if row[0] not in ("foundations", "slides")})     # in test_foundations.py, test_slides.py
+    patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()     # test_foundations.py
+                                         if row[0] not in ("foundations", "slides")})             # and test_slides.py
     call("all")
     yield folder, drawn, call
     patch.undo()

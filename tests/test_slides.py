@@ -19,7 +19,6 @@ import reproduce_modes
 import reproduce_scores
 import reproduce_slides
 import run
-import study as study_file
 from datasets2d import DATASETS, GaussianMixture
 
 F64 = torch.float64
@@ -183,13 +182,14 @@ def made(tmp_path_factory):
             super().__init__(dim, 8, layers=3, **how)
     for owner, name, value in [
             (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
-            (plots, "DPI", 30), (study_file, "ODE_STEPS", 2), (study_file, "DRAWS", 4),
+            (plots, "DPI", 30), (reproduce_energies, "ODE_STEPS", 2), (reproduce_energies, "FLOW_POINTS", 20),
             (reproduce_slides, "POINTS", 10_000), (reproduce_slides, "DIMENSIONS", (2, 8)),
             (reproduce_scores, "FOUR", ("clusters",)), (reproduce_scores, "TESTED", 500),
             (reproduce_scores, "PLAIN", 4), (reproduce_scores, "ANNEALED", 50), (reproduce_scores, "DRAWN", [
                 (*row[:5], min(row[5], 50)) for row in reproduce_scores.DRAWN]),
             (reproduce_scores.trained, "__defaults__", ("s", ("clusters",))),
-            (reproduce_modes, "CHAINS", 20), (reproduce_modes, "WATCHED", (0, 1000, 10_000)),
+            (reproduce_modes, "SAMPLES", 500), (reproduce_modes, "CHAINS", 20),
+            (reproduce_modes, "WATCHED", (0, 1000, 10_000)),
             (reproduce_modes, "TOTALS", (50, 1000, 10_000)), (reproduce_modes, "of_exact", lambda: {
                 "langevin": {start: {str(steps): (0.5, 0.1) for steps in (0, 1000, 10_000)}
                              for start in reproduce_modes.STARTS},
