@@ -1119,7 +1119,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     # Results of the slides
     ("reproduce_slides.py", "- 0.5 * truth.square().sum(1)", "+ 0.5 * truth.square().sum(1)"),
     ("reproduce_slides.py", "terms - D / (2 * sigma**2)", "terms - D / sigma**2"),
-    ("reproduce_slides.py", "terms - eps.square().sum(1) / (2 * sigma**2)", "terms - eps.square().sum(1) / (2 * sigma)"),
+    ("reproduce_slides.py", "terms - eps.square().sum(1) / (2", "terms - 2 * eps.square().sum(1) / (2"),
     ("reproduce_slides.py", "eps, i, SCALES) - D / 2,", "eps, i, SCALES) - D,"),
     ("reproduce_slides.py", "            sigma**2 * expected(lambda z", "            sigma * expected(lambda z"),
     ("reproduce_slides.py", '"D times sliced", 0.0, D *', '"D times sliced", 0.0, 1 *'),
@@ -1130,12 +1130,12 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_scores.py", "        z = alpha * y", "        z = y"),
     ("reproduce_scores.py", "**(i / 49) for i", "**(i / 50) for i"),
     ("reproduce_modes.py", "(share * (1 - share) / len(values))**0.5", "(share * (1 - share) / len(values))"),
-    ("reproduce_modes.py", "torch.rand(n, 2, generator=generator) - 1)", "torch.rand(n, 2, generator=generator) - 0.5)"),
+    ("reproduce_modes.py", "8 * DATA.std * (2 * torch.rand", "8 * DATA.std * (torch.rand"),
     ("reproduce_modes.py", "((z - centre) / DATA.std).norm(dim=1)", "(z - centre).norm(dim=1)"),
     ("reproduce_modes.py", "(DATA.log_prob(x) - equal.log_prob(x))", "(equal.log_prob(x) - DATA.log_prob(x))"),
     ("reproduce_frozen.py", "return v / (2 - v)", "return v / (1 + v)"),
     ("reproduce_frozen.py", "1 - beta * (1 / v - 0.5)", "1 - beta * (1 / v + 0.5)"),
-    ("reproduce_frozen.py", "beta * (score(x) + x / 2) + beta**0.5 * w", "beta * (score(x) + x / 2) + (2 * beta)**0.5 * w"),
+    ("reproduce_frozen.py", "(score(x) + x / 2) + beta**0.5 * w", "(score(x) + x / 2) + (2 * beta)**0.5 * w"),
     ("reproduce_frozen.py", "beta * score(x) + (2 * beta)**0.5 * w", "beta * score(x) + beta**0.5 * w"),
     ("reproduce_frozen.py", "2 * log_p + 0.5 * z.square().sum(1)", "2 * log_p - 0.5 * z.square().sum(1)"),
     ("reproduce_frozen.py", "torch.prod(1 - betas[:i])", "torch.prod(1 - betas[:i - 1])"),
@@ -1155,7 +1155,8 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "checkpoints.py": ["checkpoints", "robust", "run", "train"],
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
     "reproduce_beyond.py": ["reproduce"],
-    **{f"reproduce_{name}.py": ["slides"] for name in ("scores", "modes", "frozen", "energies")}, "tables.py": ["movie", "likelihood"],
+    "tables.py": ["movie", "likelihood"],
+    **{f"reproduce_{name}.py": ["slides"] for name in ("slides", "scores", "modes", "frozen", "energies")},
 }
 
 
