@@ -85,7 +85,6 @@ def energies(study):
         f"{FLOW_POINTS} test points, in nats, with a standard error of at most {max(errors):.3f}."]
 
 
-@torch.no_grad()
 def fig_planes(study, path, n=121, limit=2.6):
     """E of seed 0 beside the exact -log p over the plane, both from their least value."""
     if study.args.recorded:

@@ -152,7 +152,6 @@ def samples(study):
         "to data, in nats: below 0 off the data, above 0 too sharp."]
 
 
-@torch.no_grad()
 def fig_fields(study, path, paths=40):
     """The slides' panels (a) - (d) and thesis Fig. 3.3: data, learned and true score, both, Langevin paths; seed 0."""
     if study.args.recorded:

@@ -1,6 +1,7 @@
 """The results of the slides: formulas in float64 against others, then all of them from a small study."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,24 @@ def test_curl_of_a_gradient_a_rotation_and_a_shear():
     assert reproduce_energies.relative_curl(rotation, z) == pytest.approx(2 / 0.5**0.5)
     shear = lambda z: torch.stack([3 * z[:, 0] + 4 * z[:, 1], z[:, 1]], 1)      # 3, 4, 0, 1 and curl 4
     assert reproduce_energies.relative_curl(shear, z) == pytest.approx(4 / (26 / 4)**0.5)
+
+
+def test_of_the_exact_energy_nothing_is_wrong(monkeypatch):
+    """A run whose network is exact: no curl, E + log p is a constant, the flow has the entropy's likelihood."""
+    monkeypatch.setattr(reproduce_energies, "FLOW_POINTS", 40)
+    data, schedule = DATASETS["clusters"], ddpm.SCHEDULES["cosine"]
+
+    class Exact(torch.nn.Module):
+        def forward(self, z, t):
+            return data.optimal_model("eps", schedule)(z, t)
+
+        def energy(self, z, t):
+            return 3 - data.log_prob(z, schedule.alpha(t), schedule.sigma(t))
+    one = SimpleNamespace(model=Exact, config=dict(data="clusters", energy=True, stabiliser=0.0), target="eps",
+                          schedule=schedule)
+    found = reproduce_energies.of_run(one)
+    assert max(found["curl"]) < 1e-5 and max(found["nats"]) < 1e-4 and len(found["nats"]) == 3
+    assert abs(found["flow"][0]) < 0.01
 
 
 # All of them from a small study
