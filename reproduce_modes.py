@@ -3,7 +3,9 @@
 Part of `reproduce_slides.py`, which says what the functions are. Read `langevin.py` first. After Song and Ermon 2019,
 3.2, who have the learned scores alone; here the exact ones are beside them.
 """
+import contextlib
 import functools
+import math
 
 import torch
 
@@ -54,7 +56,8 @@ def plain(score, seed, chains=None):
             for start, part in zip(STARTS, x.split(n)):
                 found[start][str(step)] = with_error(in_large(part))
     watch(0, x)
-    langevin.langevin(score, x, STEP, max(WATCHED), g, watch=watch)
+    with contextlib.suppress(langevin.Diverged):           # a chain that leaves for infinity is in no mode
+        langevin.langevin(score, x, STEP, max(WATCHED), g, watch=watch)
     return found
 
 
@@ -64,8 +67,11 @@ def annealed(score, seed, chains=None, totals=None):
     g, n, found = run.generator("cpu", "annealed", seed), chains or CHAINS, {}
     for total in totals or TOTALS:
         x = SIGMAS[0] * torch.randn(n, 2, generator=g)
-        found[str(total)] = with_error(in_large(langevin.annealed(
-            score, x, SIGMAS, ANNEALED_STEP, total // len(SIGMAS), g)))
+        try:
+            x = langevin.annealed(score, x, SIGMAS, ANNEALED_STEP, total // len(SIGMAS), g)
+            found[str(total)] = with_error(in_large(x))
+        except langevin.Diverged:
+            found[str(total)] = math.nan, math.nan
     return found
 
 
