@@ -164,7 +164,8 @@ def samples(study):
                  "sliced Wasserstein", "log-density gap"], lines) + [
         f"{n:,} samples, of the exact score {n // 4:,}, against 50,000 points, {study.args.seeds} seeds, mean +- "
         f"standard deviation; {budget(study)}. Langevin dynamics of step {STEP:g} from N(0, I): at most "
-        f"{100 * lost:.2g} % of a network's chains end in infinity and are left out. annealed: ten steps a level. The score of denoising is that of the data blurred by 0.1. The "
+        f"{100 * lost:.2g} % of a network's chains end in infinity and are left out. annealed: ten steps "
+        "a level. The score of denoising is that of the data blurred by 0.1. The "
         "log-density gap, of samples to data, in nats: below 0 off the data, above 0 too sharp."]
 
 
