@@ -64,17 +64,17 @@ COLOURS_OF_SCORES = {"exact score": EXACT, "learned: exact": LEARNED, "learned: 
 
 def shares(panels, path, truth):
     """A share over steps. panels: {title: {(sampler, score): {steps: values of the seeds}}}; the true one dotted."""
-    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.9), sharey=True, squeeze=False)
     for ax, (title, curves) in zip(axes[0], panels.items()):
         for (sampler, score), values in curves.items():
             band(ax, [max(steps, 1) for steps in values], np.array(list(values.values())).T,
                  color=COLOURS_OF_SCORES[score], linestyle="-" if sampler == "annealed" else "--",
                  marker="o" if sampler == "annealed" else ".", markersize=4, label=f"{sampler}, {score}")
         ax.axhline(truth, color="grey", linestyle=":", label="weight of the mode")
-        ax.set(xscale="log", ylim=(0.4, 1), xlabel="steps, in all", title=title)
+        ax.set(xscale="log", ylim=(0, 1), xlabel="steps, in all", title=title)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("share in the large mode")
-    fig.tight_layout(rect=(0, 0, 1, 0.86))
+    fig.tight_layout(rect=(0, 0, 1, 0.8))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=9)
     save(fig, path)
 

@@ -3,7 +3,9 @@
 Part of `reproduce_slides.py`, which says what the functions are. Read `langevin.py` first. After Song and Ermon 2019,
 3.2, who have the learned scores alone; here the exact ones are beside them.
 """
+import contextlib
 import functools
+import math
 
 import torch
 
@@ -18,7 +20,7 @@ from datasets2d import DATASETS, GaussianMixture
 from reproduce_scores import ANNEALED_STEP, SIGMAS, STEP, budget, of_run, trained
 from study import Missing, cell, rows
 
-CHAINS, WATCHED = 500, (0, 10, 30, 100, 300, 1000, 3000, 10_000)
+CHAINS, SAMPLES, WATCHED = 500, 10_000, (0, 10, 30, 100, 300, 1000, 3000, 10_000)
 TOTALS = 50, 250, 500, 1000, 2500, 10_000                  # steps of annealed Langevin dynamics, all levels together
 DATA = DATASETS["unequal"]
 SMALL, LARGE = DATA.centres[0], DATA.centres[-1]
@@ -54,7 +56,8 @@ def plain(score, seed, chains=None):
             for start, part in zip(STARTS, x.split(n)):
                 found[start][str(step)] = with_error(in_large(part))
     watch(0, x)
-    langevin.langevin(score, x, STEP, max(WATCHED), g, watch=watch)
+    with contextlib.suppress(langevin.Diverged):           # a chain that leaves for infinity is in no mode
+        langevin.langevin(score, x, STEP, max(WATCHED), g, watch=watch)
     return found
 
 
@@ -64,8 +67,11 @@ def annealed(score, seed, chains=None, totals=None):
     g, n, found = run.generator("cpu", "annealed", seed), chains or CHAINS, {}
     for total in totals or TOTALS:
         x = SIGMAS[0] * torch.randn(n, 2, generator=g)
-        found[str(total)] = with_error(in_large(langevin.annealed(
-            score, x, SIGMAS, ANNEALED_STEP, total // len(SIGMAS), g)))
+        try:
+            x = langevin.annealed(score, x, SIGMAS, ANNEALED_STEP, total // len(SIGMAS), g)
+            found[str(total)] = with_error(in_large(x))
+        except langevin.Diverged:
+            found[str(total)] = math.nan, math.nan
     return found
 
 
@@ -103,7 +109,7 @@ def of_score(one):
 
 def of_levels(one):
     """What is measured of a run with t on the two modes."""
-    points = kind_points.draw(one, one.config["timesteps"] or 128, 10_000, one.config["seed"], sampler="ancestral")[0]
+    points = kind_points.draw(one, one.config["timesteps"] or 128, SAMPLES, one.config["seed"], sampler="ancestral")[0]
     return {"annealed": annealed(of_run(one), one.config["seed"]), "ancestral": with_error(in_large(points))}
 
 
@@ -111,7 +117,7 @@ def of_levels(one):
 def of_exact(chains=2000):
     """The same of the exact score."""
     blurred = lambda x, sigma: DATA.score(x, 1.0, float(sigma))
-    points = samplers.sample(DATA.optimal_model("eps", ddpm.SCHEDULES["cosine"]), (10_000, 2), 128, target="eps",
+    points = samplers.sample(DATA.optimal_model("eps", ddpm.SCHEDULES["cosine"]), (SAMPLES, 2), 128, target="eps",
                              schedule=ddpm.SCHEDULES["cosine"], generator=run.generator("cpu", "modes"))
     return {"langevin": plain(DATA.score, 0, chains), "annealed": annealed(blurred, 0, chains),
             "ancestral": with_error(in_large(points))}
@@ -162,7 +168,7 @@ def modes(study):
     return text + [
         f"Two modes of weights 0.2 and 0.8; {study.args.seeds} seeds, mean +- standard deviation, {budget(study)}; "
         f"{CHAINS} chains a seed (standard error of a share of 0.8: {(0.16 / CHAINS)**0.5:.3f}), of the exact score "
-        f"2,000, ancestral 10,000. Steps of {STEP:g}, annealed of {ANNEALED_STEP:g} sigma^2 on {len(SIGMAS)} levels "
+        f"2,000, ancestral {SAMPLES:,}. Steps of {STEP:g}, annealed of {ANNEALED_STEP:g} sigma^2, {len(SIGMAS)} levels "
         f"from {SIGMAS[0]:g} to {SIGMAS[-1]:g}. N(0, I) is not around the middle of the modes, the square is. Errors "
         "over the distance from the nearest centre, points of the plane with equal weights, in standard deviations of "
         "a mode; denoising beside the data blurred by 0.1. The Fisher divergence is over the data. That of weights 0.5 "

@@ -4,6 +4,7 @@ Part of `reproduce_slides.py`, which says what the functions are. Read `score_ma
 
 Not here: where no data are (`reproduce_modes.py`).
 """
+import contextlib
 import functools
 import math
 
@@ -104,13 +105,24 @@ def scores(study):
         f"{study.args.seeds} seeds, mean +- standard deviation; {budget(study)} for all. A score "
         "without t has one level, its own: exact and sliced have 0 and are compared with the truth of 0.01, denoising "
         "has 0.1. multi-scale: s, and eps with the same functional. eps and v: `mse` on the cosine schedule, where z / "
-        "sqrt(1 + level^2) is the network's z and -eps_hat / level the score. 0 everywhere: of no network, E|score|^2 / 2."]
+        "sqrt(1 + level^2) is the network's z and -eps_hat / level the score. 0 everywhere: of no network, "
+        "E|score|^2 / 2."]
 
 
 ANNEALED, PLAIN = 500, 500             # evaluations
 DRAWN = [(*LEARNED[0], "langevin", PLAIN), (*LEARNED[2], "langevin", PLAIN), (*LEARNED[3], "annealed", ANNEALED),
          (*LEARNED[3], "ancestral", 50), (*LEARNED[4], "annealed", ANNEALED), (*LEARNED[4], "ancestral", 50),
          (*LEARNED[5], "annealed", ANNEALED), (*LEARNED[5], "ancestral", 128), (*LEARNED[6], "ancestral", 128)]
+
+
+def by_langevin(one, n):
+    """What `metrics` finds of n samples of a score without t, those that are finite; lost: the share of the others."""
+    score, g, seen = of_run(one), run.generator("cpu", one.config["seed"], "sample"), {}
+    with contextlib.suppress(langevin.Diverged):
+        langevin.langevin(lambda x: score(x, 0.01), torch.randn(n, 2, generator=g), STEP, PLAIN, g,
+                          watch=lambda step, x, accepted: seen.update(x=x))
+    kept = seen["x"].isfinite().all(1)
+    return kind_points.measure(one.config, seen["x"][kept]) | {"lost": 1 - kept.double().mean().item()}
 
 
 @functools.cache
@@ -132,26 +144,31 @@ def samples(study):
     """Samples by Langevin dynamics, annealed Langevin dynamics and `ancestral`, beside the floor and exact scores."""
     lines = []
     row = lambda found: [*(cell([result[name] for result in found]) for name in NAMES), cell(gaps(found))]
-    results = [(title, sampler, steps, study.sampled(trained(study, recipe, loss, target), steps, sampler,
-                                                     "logsnr" if sampler == "annealed" else "t"))
-               for title, recipe, target, loss, sampler, steps in DRAWN]
+    results, n = [], study.args.num_samples
+    for title, recipe, target, loss, sampler, steps in DRAWN:
+        runs = trained(study, recipe, loss, target)
+        found = (study.measured(runs, "langevin", lambda one: by_langevin(one, n), f"langevin-{steps}-{n}")
+                 if sampler == "langevin" else
+                 study.sampled(runs, steps, sampler, "logsnr" if sampler == "annealed" else "t"))
+        results.append((title, sampler, steps, found))
+    lost = max(result.get("lost", 0) for *_, found in results for result in found.values())
     for data in FOUR:
         for title, sampler, steps, found in results:
             lines.append([data, title, sampler, str(steps), *row([x for key, x in found.items() if key[0] == data])])
         for sampler, steps in ("langevin", PLAIN), ("annealed", ANNEALED):
-            found = exact_samples(data, study.args.num_samples // 4, sampler)
+            found = exact_samples(data, n // 4, sampler)
             lines.append([data, "exact score", sampler, str(steps), *row([found])])
-        floors, _ = kind_points.floor(dict(data=data), study.args.num_samples)
+        floors, _ = kind_points.floor(dict(data=data), n)
         lines.append([data, "floor", "", "", *("{:.3f} +- {:.3f}".format(*floors[name]) for name in NAMES), "0"])
     return rows(["data", "trained with", "sampler", "evaluations", "mean distance", "covar. dist.",
                  "sliced Wasserstein", "log-density gap"], lines) + [
-        f"{study.args.num_samples:,} samples against 50,000 points, {study.args.seeds} seeds, mean +- standard "
-        f"deviation; {budget(study)}. Langevin dynamics of step {STEP:g} from N(0, I); annealed: "
-        "ten steps a level. The score of denoising is that of the data blurred by 0.1. The log-density gap, of samples "
-        "to data, in nats: below 0 off the data, above 0 too sharp."]
+        f"{n:,} samples, of the exact score {n // 4:,}, against 50,000 points, {study.args.seeds} seeds, mean +- "
+        f"standard deviation; {budget(study)}. Langevin dynamics of step {STEP:g} from N(0, I): at most "
+        f"{100 * lost:.2g} % of a network's chains end in infinity and are left out. annealed: ten steps "
+        "a level. The score of denoising is that of the data blurred by 0.1. The "
+        "log-density gap, of samples to data, in nats: below 0 off the data, above 0 too sharp."]
 
 
-@torch.no_grad()
 def fig_fields(study, path, paths=40):
     """The slides' panels (a) - (d) and thesis Fig. 3.3: data, learned and true score, both, Langevin paths; seed 0."""
     if study.args.recorded:
@@ -161,7 +178,8 @@ def fig_fields(study, path, paths=40):
         mixture, score = DATASETS[data], of_run(trained(study, "score-0", "exact")[data, "s", "exact", 0])
         g, x = run.generator("cpu", "fields"), kind_points.load(dict(data=data))[:3000]
         seen = [torch.randn(paths, 2, generator=g)]
-        langevin.langevin(lambda x: score(x, 0.01), seen[0], STEP, 1000, g,                      # noqa: B023
-                          watch=lambda step, x, accepted: seen.append(x))                        # noqa: B023
+        with contextlib.suppress(langevin.Diverged):       # a path that leaves the plane is what it is
+            langevin.langevin(lambda x: score(x, 0.01), seen[0], STEP, 1000, g,                  # noqa: B023
+                              watch=lambda step, x, accepted: seen.append(x))                    # noqa: B023
         panels[data] = mixture, x, lambda z, score=score: score(z, 0.01), torch.stack(seen)
     plots_slides.fields(panels, path)

@@ -106,10 +106,13 @@ def seconds(objective, repeats=7):
     return sorted(times)[repeats // 2]
 
 
+DIMENSIONS = 2, 8, 32, 128, 256
+
+
 def trace_cost(study, batch=128, width=128):
     """Thesis, Figs 3.4 and 3.5: what the objectives cost over the dimension D."""
     lines, torch_state = [], torch.get_rng_state()
-    for D in 2, 8, 32, 128, 256:
+    for D in DIMENSIONS:
         torch.manual_seed(0)
         score = nn.Sequential(nn.Linear(D, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, D))
         x, eps = torch.randn(2, batch, D)

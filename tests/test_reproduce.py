@@ -72,7 +72,7 @@ def study(tmp_path_factory):
                                         "--device", "cpu", "--runs", str(folder / "runs"),
                                         "--out", str(folder / "results")])
     patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()
-                                         if row[0] in ("thesis", "beyond")})  # others: test_foundations.py, ...
+                                         if row[0] in ("thesis", "beyond")})    # others: test_foundations.py, ...
     call("all")
     yield folder, drawn, call
     patch.undo()
