@@ -95,7 +95,11 @@ def rescaled(schedule, steps):
     def logsnr(t):
         value = log_alpha_sq[(t.cpu().double() * steps).round().long()].to(t)
         return value - (-torch.expm1(value)).log()
-    return ddpm.Schedule(logsnr, None)
+
+    def dlogsnr(t):
+        raise ValueError("rescaled betas are known at their own steps alone and have no slope - "
+                         "take sampler ancestral, ddim or dpmpp")
+    return ddpm.Schedule(logsnr, dlogsnr)
 
 
 def weight(i, chain, target):

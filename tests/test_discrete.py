@@ -9,6 +9,7 @@ from test_ddpm import alpha_sigma, every_schedule
 from torch.testing import assert_close
 
 import discrete
+import samplers
 from ddpm import SCHEDULES
 
 F64 = torch.float64
@@ -149,6 +150,10 @@ def test_what_cannot_be_rescaled():
     for name in "iddpm", "linear":
         with pytest.raises(ValueError, match="the linear betas that can be rescaled are those of schedule ddpm"):
             discrete.rescaled(SCHEDULES[name], 100)
+    for sampler in "sde", "euler", "heun":
+        with pytest.raises(ValueError, match="have no slope - take sampler ancestral, ddim or dpmpp"):
+            samplers.sample(lambda z, t: z, (3, 2), 50, target="eps", schedule=SCHEDULES["ddpm"], sampler=sampler,
+                            grid="rescaled")
 
 
 def test_the_weights_of_the_documents():
