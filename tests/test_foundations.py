@@ -31,7 +31,6 @@ def made(tmp_path_factory):
     clear = lambda: [cache.cache_clear() for cache in caches]
     clear()
     build = lambda config, members=1: MLP(width=8, members=members, out=2 * kind_points.variances.outputs(config))
-    few = {"clusters": DATASETS["clusters"]}
     for owner, name, value in [
             (kind_points, "POINTS", 2500), (kind_points, "build_model", build), (plots, "loss_curve", lambda *a: None),
             (plots, "DPI", 30), (study_file, "ODE_STEPS", 2), (study_file, "DRAWS", 4),
@@ -40,7 +39,7 @@ def made(tmp_path_factory):
             (reproduce_variances, "OWN", [(3, "small"), (3, "range"), (3, "best")]),
             (reproduce_variances, "SETS", ("clusters",)), (reproduce_foundations, "SETS", ("clusters",)),
             (reproduce_variances, "CHAINS_DRAWN", 20), (reproduce_variances, "TESTED", 30),
-            (reproduce_foundations, "DATASETS", few), (reproduce_variances, "FEWER", (25,)),
+            (reproduce_foundations, "FOUR", ("clusters",)), (reproduce_variances, "FEWER", (25,)),
             (study_file, "RECIPES", study_file.RECIPES | {
                 f"steps-{T}-{name}": (["--schedule", "iddpm", "--timesteps", str(T), "--variance", name], [loss])
                 for T in (3, 5) for name, loss in (("small", "mse"), ("log", "hybrid"), ("range", "hybrid"))})]:

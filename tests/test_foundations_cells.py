@@ -318,7 +318,7 @@ def test_every_row_is_trained_as_it_says_and_has_the_documents_numbers():
 
 @pytest.mark.parametrize("table, rows", [("table5_1", [0, 1, 2, 3, 4, 5, 6, 7, 10, 11]), ("table6_1", [6, 7, 8, 9])])
 def test_cells_of_tables_5_1_and_6_1(given, monkeypatch, table, rows):
-    monkeypatch.setattr(reproduce_foundations, "DATASETS", {"clusters": None})
+    monkeypatch.setattr(reproduce_foundations, "FOUR", ("clusters",))
     text = getattr(reproduce_foundations, table)(given)
     header, _, *lines = cells(text)
     assert f"entropy {0.5 / 2 / math.log(2):.3f} bits/dim" in text[0]
