@@ -28,6 +28,16 @@ def test_seven_layers_with_relu_between_and_a_block_of_rows_for_each_member(memb
     assert MLP().weights[0].shape == (1, 128, 3)
 
 
+def test_silu_and_a_network_without_t():
+    model = MLP(width=4, layers=3, activation="silu", time=False).double()
+    z = torch.randn(5, 2, dtype=torch.float64)
+    h = z
+    for k, (weight, bias) in enumerate(zip(model.weights, model.biases)):
+        h = h @ weight[0].T + bias[0, 0]
+        h = h / (1 + torch.exp(-h)) if k < 2 else h
+    assert_close(model(z, torch.rand(5, dtype=torch.float64)), h)
+
+
 def test_initial_weights_are_those_of_linear_layers():
     """One after the other from the global generator, uniform in +-1 / sqrt(inputs), members not alike."""
     torch.manual_seed(5)

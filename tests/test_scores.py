@@ -27,6 +27,7 @@ import stack
 import train
 import train_points
 from datasets2d import DATASETS
+from energy import Energy
 
 FAST = "--data clusters --width 8 --epochs 2 --batch-size 500 --device cpu --target s".split()
 CACHED = (optimum.optimal_predictions, optimum.optimal_errors, optimum.optimal_bound, optimum.test_scores,
@@ -166,8 +167,10 @@ def test_what_follows_from_a_loss():
     assert parse("--loss multi_scale --timesteps 7 --schedule cosine").timesteps == 7
     exact, = settings.configs(parse("--loss exact"))
     assert kind_points.build_model(exact).weights[0].shape == (1, 8, 2)                 # no t
+    assert kind_points.build_model(settings.configs(args)[0]).schedule is ddpm.SCHEDULES["ve"]
     assert settings.alike(exact)["loss"] == "exact" and "target" not in settings.alike(exact)
     energy, = settings.configs(parse("--loss mse --energy"))
+    assert kind_points.build_model(energy).network.weights[-1].shape == (1, 1, 8)       # one output
     assert settings.alike(energy)["target"] == "s" and "loss" not in settings.alike(energy)
 
 
@@ -268,7 +271,10 @@ def test_langevin_samples_of_a_run(runs, tmp_path, capsys):
     assert_close(pair, torch.stack([x, x]), rtol=1e-4, atol=1e-4)
 
 
-def test_metropolis_samples_of_an_energy(runs, tmp_path):
+def test_metropolis_samples_of_an_energy(runs, tmp_path, monkeypatch):
+    """Of an energy that refuses some steps, 2.5 |z|^2 beside what the run has learned."""
+    learned = Energy.energy
+    monkeypatch.setattr(Energy, "energy", lambda self, z, t: learned(self, z, t) + 2.5 * z.square().sum(1))
     one = run.open(runs["denoising"])
     sample.main(["--ckpt", str(runs["denoising"]), *"--sampler langevin --steps 9 --step-size 0.2 --num-samples 50 "
                  "--metropolis".split(), "--out", str(tmp_path)])
@@ -321,6 +327,8 @@ def test_many_levels_and_energies_take_every_sampler_and_likelihood(name, runs, 
         sample.main(["--ckpt", str(runs[name]), "--sampler", sampler, "--steps", "10", "--num-samples", "20",
                      "--out", str(tmp_path)])
         assert np.isfinite(np.load(tmp_path / "samples.npy")).all()
+        grid = json.loads((tmp_path / "metrics.json").read_text())["grid"]
+        assert grid == ("logsnr" if sampler == "annealed" else "t")
     likelihood.main(["--ckpt", str(runs[name]), "--num", "4", "--draws", "2", "--ode-steps", "2",
                      "--out", str(tmp_path)])
 
