@@ -261,7 +261,7 @@ def test_command_line(capsys, sets, hub, read_folder, monkeypatch):
             metrics.main([*map(str, sets), "--device", "cpu"])
     capsys.readouterr()
     metrics.main([])
-    assert capsys.readouterr().out.count("mean_distance") == 4
+    assert capsys.readouterr().out.count("mean_distance") == 5
 
 
 def test_only_fid_loads_pytorch_fid():
