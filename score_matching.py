@@ -10,7 +10,7 @@ should be small. What can be computed without the true score is the same on the 
     multi_scale    sigma^2 times it, at K noise levels         Eq. (3.45)      (Song and Ermon 2019)
 
 `exact` and `sliced` need a network that is smooth: with ReLU the trace is constant in pieces, and autograd's gradient
-of it leaves out that their borders move. (The slides print |1/2 ds/dx|^2 for the first term: ERRATA.md.)
+of it leaves out that their borders move. (The slides print |1/2 ds/dx|^2 for 1/2 |s_hat|^2: ERRATA.md, 24.)
 
 Not here: how samples are drawn with a score (`langevin.py`); the loss of diffusion models, which is multi_scale with
 other weights (`losses.py`).
