@@ -13,7 +13,7 @@ import variance
 
 LEVELS = 50                # of noise, of the loss multi_scale where --timesteps does not say it
 WITHOUT_T = dict(timesteps=None, schedule="cosine", t_density="uniform", variance="small",
-                 stabiliser=0.0)           # the settings of a score without t that it does not use
+                 stabiliser=0.0, t_min=1e-3)           # the settings of a score without t that it does not use
 
 
 def score_conflict(config):
@@ -29,6 +29,17 @@ def score_conflict(config):
         return f"--loss {loss} has no t and does not use {', '.join(used)} - leave it out"
     if sigma is None or loss == "denoising" and not sigma:
         return f"--loss {loss} needs a noise level above 0 - take --sigma 0.1"
+    return None
+
+
+def mixed(args):
+    """Why the losses of the arguments of `train.py` cannot share a call, in words; None if they can."""
+    scores = [loss for loss in args.loss if loss in score_matching.OBJECTIVES]
+    if scores and len(scores) < len(args.loss):
+        return f"--loss {scores[0]} has no t and the others have: give them a call each"
+    if "multi_scale" in args.loss and set(args.loss) != {"multi_scale"} and not (args.timesteps and args.schedule):
+        return (f"--loss multi_scale brings --schedule ve --timesteps {LEVELS}: give it its own call, "
+                "or say these for all")
     return None
 
 
@@ -54,7 +65,7 @@ def conflict(config):
     name, loss, learned = config["variance"], config["loss"], config["variance"] in variance.LEARNED
     if config.get("energy") and (config["target"] not in energy.TARGETS or learned):
         return ("--energy has a gradient alone: it is for --target "
-                f"{' or '.join(energy.TARGETS)}, and no learned variance")
+                f"{' or '.join(energy.TARGETS)}, and no learned variance - take --target s")
     if config.get("energy") and config["target"] == "s" and config["stabiliser"]:
         return "--energy is -log p of the score itself, which --stabiliser changes - leave one out"
     if config.get("activation") == "relu" and (config["energy"] or loss in score_matching.DERIVATIVE):

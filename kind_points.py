@@ -213,6 +213,7 @@ def table_rows(one, result):
     """What was measured of one Run as a row of a table, and what perfect samples have as another."""
     facts = {key: result.get(key) for key in (
         "steps", "sampler", "grid", "eta", "variance", "num_samples", "sampling_seed")}
+    facts |= {key: result[key] for key in ("step_size", "steps_per_level", "metropolis") if key in result}
     best = [*(result[f"{key}_floor"]["mean"] for key in MEASURED[:-1]), result.get("log_density_data")]
     names = [name.replace("_", " ") for name in MEASURED]
     return ({"run": str(one.folder), **dict(zip(names, map(result.get, MEASURED))), **facts},

@@ -131,6 +131,8 @@ class Run:
 
     def denoiser(self, device="cpu", **options):
         """The network as (z, t) -> x_hat, eps_hat, for z (B, ...), t (): `samplers.denoiser`, which has the options."""
+        if self.config.get("sigma") is not None:
+            raise ValueError("a score without t is no denoiser - r.model()(x, t) is the score, whatever t")
         return samplers.denoiser(self.model(device), self.target, self.schedule, self.config["stabiliser"], **options)
 
 

@@ -80,8 +80,8 @@ def parse(argv):
         parser.error("--sampler ancestral has a variance: choose " + ", ".join(VARIANCES))
     if args.grid == "rescaled" and args.sampler in ("sde", "euler", "heun", "annealed"):
         parser.error(f"--grid rescaled is known at its own steps alone, and --sampler {args.sampler} needs its slope")
-    for name, of in dict(grid=[*samplers.SAMPLERS], step_size=["langevin", "annealed"], metropolis=["langevin"],
-                         steps_per_level=["annealed"]).items():
+    for name, of in dict(grid=[*samplers.SAMPLERS], t_min=[*samplers.SAMPLERS], step_size=["langevin", "annealed"],
+                         metropolis=["langevin"], steps_per_level=["annealed"]).items():
         if getattr(args, name) is not None and args.sampler not in of:
             parser.error(f"--{name.replace('_', '-')} is for --sampler {' or '.join(of)}, {args.sampler} has none")
     if args.movie and args.sampler == "langevin":

@@ -55,8 +55,8 @@ SETTINGS = [
             argument=dict(choices=VARIANCES)),
     Setting("vlb_weight", "of --loss hybrid: its factor of the bound in nats per dimension, the sum over all steps",
             1e-3, 1e-3, argument=dict(type=number(float, 0, 10**6))),
-    Setting("sigma", "noise level of a score without t, --loss exact, sliced or denoising; 0 is none (0, with "
-            "denoising 0.1)", None, argument=dict(type=number(float, 0, 100))),
+    Setting("sigma", "noise level of scores without t, --loss exact, sliced or denoising, one for all of a call; "
+            "0 is none (0, with denoising among them 0.1)", None, argument=dict(type=number(float, 0, 100))),
     Setting("energy", "the network's one output is an energy, the prediction of s or eps its gradient, see energy.py",
             False, argument=dict(action=argparse.BooleanOptionalAction)),
     Setting("activation", "relu, and silu where derivatives of the network are used", "relu",
@@ -193,7 +193,7 @@ def complete(args, kind, error):
         default, given = getattr(row, kind), getattr(args, row.name) is not None
         if default is ABSENT and given:
             error(f"--{row.name.replace('_', '-')} is a setting of "
-                  f"{'points' if kind == 'images' else 'images'}, not of {kind}")
+                  f"{'points' if kind == 'images' else 'images'}, not of {kind} - leave it out")
         if not given:
             setattr(args, row.name, None if default is ABSENT else default)
 

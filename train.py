@@ -72,6 +72,8 @@ def parse(argv):
     if len(kinds) > 1:
         parser.error("points and images cannot be trained in one call: give them one each")
     args.kind, = kinds
+    if found := conflicts.mixed(args):
+        parser.error(found)
     conflicts.completed(args)
     settings.complete(args, args.kind, parser.error)
     if args.kind == "images" and args.stack:

@@ -200,6 +200,10 @@ class Mean(torch.nn.Module):
         super().__init__()
         self.network, self.names, self.chain, self.out = network, names, chain, out
 
+    def energy(self, z, t):
+        """Of a network that is one: `energy.Energy.energy`."""
+        return self.network.energy(z, t)
+
     def forward(self, z, t):
         y_hat, out = split(self.network(z, t), z)
         blocks = list(y_hat.chunk(len(self.names)))
@@ -220,7 +224,7 @@ def chosen(config, variance, sampler="ancestral", steps=None, grid="t", t_min=No
     None is returned for a sampler that has none. ValueError, one sentence, if that cannot be.
     """
     if config.get("sigma") is not None and sampler != "langevin":
-        raise ValueError("its score has no t: it has samples, of --sampler langevin, and no likelihood")
+        raise ValueError("its score has no t, and so no likelihood - draw samples, with --sampler langevin")
     if config.get("sigma") is None and sampler == "langevin":
         raise ValueError("its network knows many noise levels - take --sampler annealed, langevin is for "
                          "runs of --loss exact, sliced or denoising")

@@ -165,6 +165,7 @@ def test_what_follows_from_a_loss():
     args = parse("--loss multi_scale")
     assert (args.timesteps, args.schedule, args.t_min, args.sigma) == (50, "ve", 0.0, None)
     assert parse("--loss multi_scale --timesteps 7 --schedule cosine").timesteps == 7
+    assert parse("--loss mse multi_scale --timesteps 7 --schedule cosine").schedule == "cosine"
     exact, = settings.configs(parse("--loss exact"))
     assert kind_points.build_model(exact).weights[0].shape == (1, 8, 2)                 # no t
     assert kind_points.build_model(settings.configs(args)[0]).schedule is ddpm.SCHEDULES["ve"]
@@ -179,6 +180,10 @@ def test_what_follows_from_a_loss():
     ("--loss denoising --sigma 0", "--loss denoising needs a noise level above 0 - take --sigma 0.1"),
     ("--loss exact --timesteps 10", "does not use --timesteps - leave it out"),
     ("--loss sliced --schedule ve --stabiliser 1", "does not use --schedule, --stabiliser - leave it out"),
+    ("--loss exact --t-min 0.1", "does not use --t-min - leave it out"),
+    ("--loss mse exact", "--loss exact has no t and the others have: give them a call each"),
+    ("--loss mse multi_scale --timesteps 5", "give it its own call"),
+    ("--loss mse multi_scale", "give it its own call, or say these for all"),
     ("--loss mse --sigma 0.1", "mse has many noise levels - leave it out"),
     ("--loss exact --activation relu", "ReLU has no second derivative"),
     ("--loss mse --energy --activation relu", "take --activation silu"),
@@ -285,7 +290,7 @@ def test_metropolis_samples_of_an_energy(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, words, sentence", [
-    ("exact", "", "its score has no t: it has samples, of --sampler langevin, and no likelihood"),
+    ("exact", "", "its score has no t, and so no likelihood - draw samples, with --sampler langevin"),
     ("plain", "--sampler langevin", "take --sampler annealed"),
     ("exact", "--sampler langevin --metropolis", "train with --energy"),
 ])
@@ -307,7 +312,8 @@ def test_steps_that_are_too_large(runs, tmp_path, monkeypatch):
     ("--step-size 1", "--step-size is for --sampler langevin or annealed"),
     ("--sampler langevin --grid t", "langevin has none"), ("--steps-per-level 3", "is for --sampler annealed"),
     ("--sampler annealed --metropolis", "--metropolis is for --sampler langevin"),
-    ("--sampler langevin --movie", "langevin has no t"), ("--sampler annealed --grid rescaled", "needs its slope"),
+    ("--sampler langevin --movie", "langevin has no t"), ("--sampler langevin --t-min 0.1", "langevin has none"),
+    ("--sampler annealed --grid rescaled", "needs its slope"),
     ("--sampler annealed --step-size 0", "must be in"),
 ])
 def test_arguments_that_a_sampler_has_not(words, sentence, capsys):
@@ -331,6 +337,17 @@ def test_many_levels_and_energies_take_every_sampler_and_likelihood(name, runs, 
         assert grid == ("logsnr" if sampler == "annealed" else "t")
     likelihood.main(["--ckpt", str(runs[name]), "--num", "4", "--draws", "2", "--ode-steps", "2",
                      "--out", str(tmp_path)])
+
+
+def test_what_a_run_opened_in_python_has(runs):
+    with pytest.raises(ValueError, match="is no denoiser"):
+        run.open(runs["exact"]).denoiser()
+    train.main([*FAST, *"--loss multi_scale --timesteps 5 --energy --epochs 1 --out".split(),
+                str(runs["exact"].parent.parent / "chain-energy")])
+    one = run.open(runs["exact"].parent.parent / "chain-energy" / "clusters-s-multi_scale-s0").model()
+    z, t = torch.randn(4, 2, requires_grad=True), torch.full((4,), 0.4)
+    slope, = torch.autograd.grad(one.energy(z, t).sum(), z)
+    assert_close(one(z, t), -slope)
 
 
 def test_the_flow_of_an_energy_has_its_own_divergence(runs):
