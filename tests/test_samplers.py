@@ -222,10 +222,11 @@ COARSE = {"clusters": DATASETS["clusters"], "rings": standardised(*rings(100)),
 
 
 @pytest.mark.parametrize("data", COARSE)
-@pytest.mark.parametrize("sampler", OF_STEPS)
+@pytest.mark.parametrize("sampler", [name for name in OF_STEPS if name != "ancestral"])
 def test_every_sampler_converges_to_the_floor(sampler, data):
+    """That of `ancestral`, with more samples, is in test_datasets2d.py."""
     schedule, g = SCHEDULES["cosine"], torch.Generator().manual_seed(5)
-    steps = {"ancestral": 512, "sde": 256, "ddim": 192}.get(sampler, 64)
+    steps = {"sde": 256, "ddim": 192}.get(sampler, 64)
     real = DATASETS[data].sample(20_000, g)
     samples = samplers.sample(COARSE[data].optimal_model("x", schedule), (2000, 2), steps, target="x",
                               schedule=schedule, sampler=sampler, generator=g)
