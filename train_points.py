@@ -232,6 +232,9 @@ def train(args, device):
     import plots  # here: a stack trains without matplotlib
     configs = [config | kind_points.facts(config["data"]) for config in settings.configs(args)]
     steps = {config["data"]: epoch_steps(config) for config in configs}
+    for config in configs:
+        if config["loss"] == "exact" and (dim := kind_points.dimension(config)) > 4096:
+            raise SystemExit(f"--loss exact takes {dim:,} backward passes a step - take --loss sliced")
     for data, points in {config["data"]: config["points"] for config in configs if "points" in config}.items():
         print(f"{data}: {points['rows']:,} points of dimension {points['dim']}, a tenth of them to test on")
     runs = run.begin(configs, args.out, args.resume, args.overwrite)

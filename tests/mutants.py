@@ -1036,6 +1036,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("optimum.py", "unflatten(1, (members, -1)).mean((0, 2))", "unflatten(1, (-1, members)).mean((0, 1))"),
     ("train_points.py", "errors = objective(lambda z: model(z, t), z, y)",
                         "errors = objective(lambda z: model(z, t), z, -y)"),
+    ("train_points.py", "> 4096:", "> 5000:"),
     ("train_points.py", "torch.zeros_like(p) if p.grad is None", "torch.ones_like(p) if p.grad is None"),
     ("train_points.py", 'if shared["sigma"] is None:\n                entry', "if True:\n                entry"),
     ("train_points.py", '("--sampler", "langevin") if args.sigma is not None else ()', "()"),

@@ -238,6 +238,13 @@ def test_training_says_how_to_go_on(tmp_path, capsys):
     assert "train_loss_over_t" not in last and last["test_fisher"] > 0 == last["optimum_fisher"]
 
 
+def test_the_trace_of_a_large_dimension_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(kind_points, "dimension", lambda config: 4097)
+    with pytest.raises(SystemExit, match="--loss exact takes 4,097 backward passes a step - take --loss sliced"):
+        train.main([*FAST, "--loss", "exact", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch):
     words = [*FAST, "--loss", "sliced", "--seeds", "2"]
     train.main([*words, "--out", str(tmp_path / "whole")])
