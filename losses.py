@@ -91,9 +91,14 @@ def u_space(target, alpha, sigma, det, dlogsnr):
     return ((alpha + sigma) / det)**2
 
 
+def s_space(target, alpha, sigma, det, dlogsnr):
+    """The error of s_hat whatever is predicted."""
+    return (alpha / sigma / det)**2
+
+
 LOSSES = {"mse": mse, "rescaled": rescaled, "nelbo": nelbo, "nelbo_stable": nelbo_stable,
           "vlb": vlb, "hybrid": mse,       # hybrid: and a little of vlb, Foundations 6.1
-          "multi_scale": multi_scale, "v_space": v_space, "u_space": u_space,
+          "multi_scale": multi_scale, "v_space": v_space, "u_space": u_space, "s_space": s_space,
           **weightings.ROWS}               # simple (of eps_hat), sigmoid, min_snr, p2, edm, ...
 COSINE_ONLY = "nelbo_stable",
 OF_A_CHAIN = "vlb", "hybrid"
