@@ -1,7 +1,7 @@
 """The training loop for points: one network, or a stack of many at once (thesis 4.4).
 
-`train.py` calls it; read that first, then `losses.py` and `stack.py`. Every draw is a function of (seed, step): runs of
-one seed differ in their target and loss, not in their draws, and a run that was killed goes on exactly.
+`train.py` calls it; read that first, then `batches.py` and `stack.py`. Every draw is a function of (seed, step): runs
+of one seed differ in their target and loss, not in their draws, and a run that was killed goes on exactly.
 
 Not here: images (`train_images.py`).
 """
@@ -14,6 +14,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import batches
 import checkpoints
 import kind_points
 import losses
@@ -26,7 +27,6 @@ import stack
 import threads
 import variance as variances
 from adam import Adam
-from ddpm import SCHEDULES
 
 
 def build_optimizer(model, config):
@@ -85,45 +85,15 @@ def epoch_steps(config):
     return n // config["batch_size"]
 
 
-def has_bound(configs):
-    """Is the bound of a chain in the loss of one of a stack?"""
-    return any(config["loss"] in losses.OF_A_CHAIN for config in configs)
-
-
 def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, moments=None):
     """One pass of every network of a stack over its own data, a list of (n, D), in random order.
 
-    Every draw is a function of (seed, step), and members of one set and seed share it, but for times drawn with their
-    own moments, a list of `losses.draw_step`'s, which are moved. step: `build_step`, perhaps captured. Returns losses
-    (steps, M), the loss over t (M, 20) and norms of the gradient (steps, M), all of the networks as they were in
-    training.
+    moments: of `batches.epoch`, which are moved. step: `build_step`, perhaps captured. Returns losses (steps, M), the
+    loss over t (M, 20) and norms of the gradient (steps, M), all of the networks as they were in training.
     """
-    shared, device, chain = configs[0], data[0].device, losses.chain_of(configs[0])
-    batch_size = shared["batch_size"]
-    steps = len(data[0]) // batch_size     # leaves out the last, smaller batch: other points each epoch
-    draws, times = {}, []
-    for m, (x, config) in enumerate(zip(data, configs)):
-        seed = config["seed"]
-        times.append((seed, config["data"], m if moments else None))
-        if (key := times[-1]) not in draws:
-            order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", epoch)).to(device)
-            g = run.generator(device, seed, "noise", epoch)
-            x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
-            t, importance = (
-                losses.draw_step((steps, batch_size), chain, moments[m] if moments else None, g) if chain else
-                losses.draw_t((steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"],
-                              config["t_density"], g))
-            draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
-    batches = []
-    for key, config in zip(times, configs):
-        x, t, eps, importance = draws[key]
-        z, y, w = losses.regression(x, t, eps, **losses.objective(config))
-        of_chain = [torch.cat([variances.columns(
-            t, chain, config["target"], config["loss"], config["stabiliser"], importance, config["vlb_weight"]),
-            *optimum.given(config, z, t)], 1)] if has_bound(configs) else []
-        batches.append((importance, z, t, y, w * importance, *of_chain))
-    importance, *inputs = (stack.interleave(c, batch_size) for c in zip(*batches))          # (steps, M * B, ...)
-    t = inputs[1]
+    shared, chain = configs[0], losses.chain_of(configs[0])
+    importance, *inputs = batches.epoch(data, epoch, configs, moments)                      # (steps, M * B, ...)
+    t, steps = inputs[1], len(importance)
 
     errors, norms = torch.empty_like(t), t.new_empty(steps, len(configs))
     for i in range(steps):
@@ -176,7 +146,7 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
                                    "param_groups": optimizer.state_dict()["param_groups"]})
     step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared),
-                      shared["variance"], has_bound(configs) * optimum.columns(shared), shared["loss"])
+                      shared["variance"], batches.has_bound(configs) * optimum.columns(shared), shared["loss"])
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
     on_ready()

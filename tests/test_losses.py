@@ -83,7 +83,8 @@ def test_translated_errors_are_those_of_the_translated_prediction(name, source):
             "x": losses.weight("rescaled", source, T, SCHEDULES[name]),
             "eps": losses.weight("simple", source, T, SCHEDULES[name]),
             "v": losses.weight("v_space", source, T, SCHEDULES[name]),
-            "u": losses.weight("u_space", source, T, SCHEDULES[name])}.get(to, factor), rtol=1e-9, atol=0)
+            "u": losses.weight("u_space", source, T, SCHEDULES[name]),
+            "s": losses.weight("s_space", source, T, SCHEDULES[name])}.get(to, factor), rtol=1e-9, atol=0)
 
 
 def test_table_4_3_of_vdm_with_its_errata():

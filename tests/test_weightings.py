@@ -150,7 +150,7 @@ def test_a_row_has_its_weight_whatever_the_target(name):
 @every_schedule
 def test_a_space_is_mse_of_its_target(name):
     u = span(name)
-    for loss, of in ("rescaled", "x"), ("simple", "eps"), ("v_space", "v"), ("u_space", "u"):
+    for loss, of in ("rescaled", "x"), ("simple", "eps"), ("v_space", "v"), ("u_space", "u"), ("s_space", "s"):
         expected = weightings.implied("mse", of, SCHEDULES[name], u)
         for target in TARGETS:
             assert_close(weightings.implied(loss, target, SCHEDULES[name], u), expected, rtol=1e-8, atol=0)
@@ -166,7 +166,7 @@ def test_the_mean_over_t_is_half_the_integral_over_log_snr(name):
     error = lambda u: 0.3 + torch.sin(0.7 * u)**2 / (1 + torch.exp(0.3 * u))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     pairs = [("mse", target) for target in TARGETS] + list(zip(
-        ["rescaled", "v_space", "u_space", "nelbo", *weightings.ROWS], itertools.cycle(TARGETS)))
+        ["rescaled", "v_space", "u_space", "s_space", "nelbo", *weightings.ROWS], itertools.cycle(TARGETS)))
     for loss, target in pairs:
         of_target = sigma**2 / alpha**2 / x_factor(target, alpha, sigma) * error(schedule.logsnr(t))
         mean = ((0.5 - t_min) * weights * losses.weight(loss, target, t, schedule) * of_target).sum()
@@ -178,7 +178,7 @@ def test_the_mean_over_t_is_half_the_integral_over_log_snr(name):
 def test_weights_in_float32_are_those_of_float64(name):
     t = torch.tensor([1e-3, 0.1, 0.5, 0.9, 0.999], dtype=F64)
     for target in TARGETS:
-        for loss in "v_space", "u_space", *weightings.ROWS:
+        for loss in "v_space", "u_space", "s_space", *weightings.ROWS:
             single = losses.weight(loss, target, t.float(), SCHEDULES[name])
             assert single.dtype == torch.float32
             assert_close(single.double(), losses.weight(loss, target, t, SCHEDULES[name]), rtol=2e-3, atol=0)
