@@ -50,6 +50,11 @@ def directions(dim, like):
     return u / u.norm(dim=0)
 
 
+def ascending(x):
+    """The rows of x (..., n), each in ascending order: on a CPU numpy sorts many times as fast as torch."""
+    return torch.from_numpy(np.sort(x.numpy())) if x.device.type == "cpu" else x.sort().values
+
+
 def sliced_wasserstein(x, y):
     """Sliced Wasserstein distance of order 2 of points x (n, D) and y (m, D), in data units: () (Bonneel et al. 2015).
 
@@ -58,7 +63,7 @@ def sliced_wasserstein(x, y):
     """
     u = directions(x.shape[1], x)
     size = max(len(x), len(y))
-    x, y = (p.T.contiguous().sort().values[:, torch.arange(size, device=p.device) * len(p) // size]
+    x, y = (ascending(p.T.contiguous())[:, torch.arange(size, device=p.device) * len(p) // size]
             for p in (x @ u, y @ u))
     return (x - y).square().mean().sqrt()
 

@@ -91,6 +91,13 @@ def test_the_sliced_wasserstein_distance_is_the_mean_over_directions_of_scipys()
                                                                  "sliced_wasserstein"]
 
 
+def test_rows_are_sorted_as_torch_sorts_them():
+    for dtype in torch.float32, torch.float64:
+        x = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        x[1, 3:9], x[2, 5] = x[1, 2], math.inf
+        assert_close(metrics.ascending(x), x.sort().values, rtol=0, atol=0)
+
+
 def test_log_density_of_points_far_off_the_data_is_not_cut_off():
     """One Gaussian: -1/2 (|x|^2 / s^2 + 2 log(2 pi s^2)), at x up to 20 standard deviations away -200 nats."""
     data = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64))
