@@ -97,9 +97,12 @@ def optimal_predictions(data, schedule, t_min, timesteps=None):
                                timesteps=timesteps))
     mixture, schedule = DATASETS[data], SCHEDULES[schedule]
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return cache.kept(lambda: [mixture.optimal_model(target, schedule)(z, t) for target in ("x", "eps")]
-                      + ([mixture.covariance(z, alpha, sigma)] if timesteps else []),
-                      f"optimum of {data}", *vars(mixture).values(), z, t, alpha, sigma, *[timesteps][:bool(timesteps)])
+
+    def compute():
+        x_hat, score = mixture.denoise_and_score(z, alpha, sigma)
+        return [x_hat, -sigma[:, None] * score] + ([mixture.covariance(z, alpha, sigma)] if timesteps else [])
+    return cache.kept(compute, f"optimum of {data}", *vars(mixture).values(), z, t, alpha, sigma,
+                      *[timesteps][:bool(timesteps)])
 
 
 @functools.cache

@@ -239,7 +239,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("datasets2d.py", "line(1.5 * math.pi, 4.5 * math.pi, n)", "line(1.5 * math.pi, 4 * math.pi, n)"),
     ("datasets2d.py", "torch.stack([u, u.sin() - 1], 1)", "torch.stack([u, u.cos() - 1], 1)"),
     ("datasets2d.py", "noise = torch.randn(n, 2,", "noise = torch.randn(n, 1,"),
-    ("datasets2d.py", "size = max(1, 2**20 // len(centres))", "size = len(z)"),
+    ("datasets2d.py", "size = max(1, 2**(17 if z.device.type == \"cpu\" else 22) // len(centres))", "size = len(z)"),
     # The images
     ("images.py", "x.float() / 127.5 - 1", "x.float() / 128 - 1"),
     ("images.py", "x.float() / 127.5 - 1", "x.float() / 255"),

@@ -34,7 +34,7 @@ def asked():
         function.cache_clear()
     work = []
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (GaussianMixture, "optimal_model"), (metrics, "floor"):
+        for owner, name in (GaussianMixture, "denoise_and_score"), (metrics, "floor"):
             original = getattr(owner, name)
             patch.setattr(owner, name, lambda *args, original=original, **kw: work.append(1) or original(*args, **kw))
         return (optimum.optimal_errors("rings", "v", "cosine", 1e-3, 0.0),
@@ -49,7 +49,7 @@ def same(a, b):
 def test_the_second_process_computes_nothing_and_has_the_same_bits(place):
     first, work = asked()
     second, again = asked()
-    assert work == 3 and again == 0 and len(list(place.iterdir())) == 2
+    assert work == 2 and again == 0 and len(list(place.iterdir())) == 2
     same(first, second)
     data = DATASETS["rings"]
     fresh = metrics.floor(data, 50, 500, generator=kind_points.run.generator("cpu", "floor"))
@@ -68,7 +68,7 @@ def test_what_depends_on_something_else_is_computed(place, monkeypatch, owner, n
     cache.code.cache_clear()
     result, work = asked()
     cache.code.cache_clear()
-    assert work == (2 if name == "SCHEDULES" else 3)         # the floor has no schedule
+    assert work == (1 if name == "SCHEDULES" else 2)         # the floor has no schedule
     monkeypatch.setenv("DIFFUSION_LOSSES_CACHE", "")
     same(result, asked()[0])
 
@@ -114,7 +114,7 @@ def test_a_damaged_file_is_computed_again(place, damage):
     for path in place.iterdir():
         damage(path)
     second, work = asked()
-    assert work == 3
+    assert work == 2
     same(first, second)
 
 
@@ -123,7 +123,7 @@ def test_without_a_folder_there_is_no_cache(place, monkeypatch, where):
     first, _ = asked()
     monkeypatch.setattr(cache, "folder", lambda: where and cache.Path(where))
     second, work = asked()
-    assert work == 3
+    assert work == 2
     same(first, second)
 
 

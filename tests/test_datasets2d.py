@@ -62,12 +62,12 @@ def test_each_point_has_its_own_alpha_and_sigma(name):
 
 
 def test_chunks_change_nothing():
-    data, z = DATASETS["rings"], torch.randn(1500, 2, dtype=F64)          # three chunks of 524
-    t = torch.rand(1500, dtype=F64)
+    data, z = DATASETS["rings"], torch.randn(150, 2, dtype=F64)          # three chunks of at most 65
+    t = torch.rand(150, dtype=F64)
     alpha, sigma = t.cos(), t.sin()
-    assert [len(chunk[0]) for chunk in data._chunks(z, alpha, sigma)] == [524, 524, 452]
+    assert [len(chunk[0]) for chunk in data._chunks(z, alpha, sigma)] == [65, 65, 20]
     for function in data.log_prob, data.score, data.denoise, data.covariance:
-        rows = torch.cat([function(z[i:i + 1], alpha[i], sigma[i]) for i in range(1500)])
+        rows = torch.cat([function(z[i:i + 1], alpha[i], sigma[i]) for i in range(150)])
         assert_close(function(z, alpha, sigma), rows)
 
 
@@ -218,5 +218,5 @@ def test_ancestral_sampling_with_the_exact_denoiser_ends_at_the_floor(name):
     real = DATASETS[name].sample(50_000, g)
     for distance, (mean, std) in metrics.floor(DATASETS[name], 5000, 50_000, 20, g).items():
         assert getattr(metrics, distance)(samples, real) < mean + 3.5 * std
-    assert_close(DATASETS[name].log_prob(samples.to(F64)).mean(), DATASETS[name].log_prob(real.to(F64)).mean(),
-                 atol=0.1, rtol=0)
+    assert_close(DATASETS[name].log_prob(samples).mean(), DATASETS[name].log_prob(real[:10_000]).mean(),
+                 atol=0.1, rtol=0)                                          # standard errors 0.014 and 0.01
