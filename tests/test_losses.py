@@ -169,7 +169,7 @@ def gaussian_model(c, target, schedule, d=0.0):
 def test_nelbo_of_gaussian_data_is_the_lost_information(name, target, d):
     """1/2 integral of mmse dSNR = 1/2 log (1 + c^2 SNR) between the ends: errata 3, only the 1/2 gives the entropy."""
     c, schedule = 0.6, SCHEDULES[name]
-    x, t, eps, t_min = quadratic_expectation(c, 200_000)
+    x, t, eps, t_min = quadratic_expectation(c, 50_000)
     value = losses.loss(gaussian_model(c, target, schedule, d), x, t, eps, target=target, loss="nelbo",
                         schedule=schedule, stabiliser=d).mean() * (1 - 2 * t_min)
     snr = schedule.snr(torch.tensor([t_min, 1 - t_min], dtype=F64))
