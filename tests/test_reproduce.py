@@ -59,6 +59,15 @@ def study(tmp_path_factory):
     patch.setattr(study_file, "ODE_STEPS", 3)
     patch.setattr(plots.plt.Figure, "tight_layout", lambda *args, **kw: None)              # tested in test_plots.py
     patch.setattr(plots, "DPI", 30)
+    read, original_open = {}, run.open
+
+    def open_once(path):                                           # more than 700 times else, of 160 runs
+        file = (path / "ckpt.pt").stat()
+        key = path, file.st_ino, file.st_mtime_ns
+        if key not in read:
+            read[key] = original_open(path)
+        return read[key]
+    patch.setattr(run, "open", open_once)
     for name in set(FIGURES.values()):
         original = getattr(plots, name)
 
