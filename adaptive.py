@@ -86,9 +86,9 @@ def moved(moments, t, errors, rate, config):
 
 
 def one_draw(data, density, schedule, t_min=1e-3, target="v", loss="nelbo", n=200_000, seed=0):
-    """Terms of a loss of the exact denoiser of a dataset, each with its importance: (n,), float64.
+    """Draws of a loss of the exact denoiser of a dataset, importance and all, (n,), float64, and the moments or None.
 
-    A density of POWERS is adapted to n draws before.
+    A density of POWERS is adapted to as many draws before, with all bins alike: theirs are the moments.
     """
     g, moments = torch.Generator().manual_seed(seed), None
     config = dict(schedule=schedule, t_min=t_min, t_density=density, target=target, loss=loss, stabiliser=0.0)
@@ -98,8 +98,8 @@ def one_draw(data, density, schedule, t_min=1e-3, target="v", loss="nelbo", n=20
         t, importance = (c.double() for c in draw((n,), config, moments, g))
         errors = losses.loss(model, x, t, torch.randn(x.shape, generator=g, dtype=torch.float64),
                              **losses.objective(config))
-        moments = moved(moments, t, errors, 1.0, config) if density in POWERS else None
-    return errors * importance
+        before, moments = moments, moved(moments, t, errors, 1.0, config) if density in POWERS else None
+    return errors * importance, before
 
 
 if __name__ == "__main__":
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     print(f"{'NELBO, cosine':14s}   one draw, std / mean      mean, nats")
     for name in "clusters", "rings":
         for density in losses.T_DENSITIES:
-            terms = one_draw(DATASETS[name], density, "cosine", t_min, n=50_000)
+            terms, _ = one_draw(DATASETS[name], density, "cosine", t_min, n=50_000)
             mean, std = terms.mean(), terms.std()
             nats = 2 * (1 - 2 * t_min)                                                     # two dimensions
             print(f"{name:9s}{density:11s}{std / mean:12.3f}{nats * mean:20.3f} +- {nats * std / len(terms)**0.5:.3f}")

@@ -231,7 +231,7 @@ def sample_t(shape, t_min=1e-3, generator=None, dtype=torch.float32):
     return t_min + (1 - 2 * t_min) * u
 
 
-T_DENSITIES = "uniform", "logsnr", "loss_aware", "adaptive"          # the latter two: adaptive.py
+T_DENSITIES = "uniform", "logsnr", "adaptive", "loss_aware"          # the latter two: adaptive.py
 
 
 def bin_of(u, p):

@@ -1255,8 +1255,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("losses.py", "p = 0.999 * p / p.sum() + 0.001 / len(p)", "p = p / p.sum()"),
     ("losses.py", "p = 0.999 * p / p.sum() + 0.001 / len(p)", "p = 0.99 * p / p.sum() + 0.01 / len(p)"),
     ("losses.py", "(1 - (ends[i] - u) / p[i]).clamp(0, 1)", "(1 - (ends[i] - u)).clamp(0, 1)"),
-    ("losses.py", "    u = sample_t(shape, 0.0, generator, dtype)\n    i, _, p", "    u = sample_t(shape, 1e-3, generator, dtype)\n"
-                  "    i, _, p"),
+    ("losses.py", "u = sample_t(shape, 0.0, generator, dtype)\n    i, _, p",
+                  "u = sample_t(shape, 1e-3, generator, dtype)\n    i, _, p"),
     ("losses.py", "if moments is None else moments.sqrt())", "if moments is None else moments)"),
     ("losses.py", "1 / (chain.steps * p)\n", "1 / p\n"),
     ("losses.py", "1 / (chain.steps * p)\n", "torch.ones_like(u)\n"),
@@ -1314,6 +1314,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     **dict.fromkeys(("reproduce_variances.py", "reproduce_foundations.py", "reproduce_foundations_images.py",
                      "plots_chain.py"), ["foundations_cells", "foundations"]),
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
+    **dict.fromkeys(("reproduce_schedules.py", "reproduce_schedules_images.py"), ["schedules"]),
     "reproduce_vdm.py": ["weightings"], "plots_weightings.py": ["weightings"],
     "conflicts.py": ["weightings", "settings"],
     "reproduce_beyond.py": ["reproduce"],
