@@ -1299,6 +1299,19 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("conflicts.py", 'if config["t_density"] in ("logsnr", "adaptive"):', 'if config["t_density"] == "adaptive":'),
     ("conflicts.py", '    elif name != "small":\n', "    elif False:\n"),
     ("settings.py", 'action="store_const", const="adaptive"', 'action="store_const", const="logsnr"'),
+    ("reproduce_schedules.py", "2 * (value - best) < NEAR", "value - best < NEAR"),
+    ("reproduce_schedules.py", "enumerate(values, 1)", "enumerate(values)"),
+    ("reproduce_schedules.py", "None if moments is None else [moments])", "None)"),
+    ("reproduce_schedules.py", "losses.weighted_error(model(z, t), y, w)",
+                               "losses.weighted_error(model(z, t), y, 1 + 0 * w)"),
+    ("reproduce_schedules.py", "steps = errors.mean(1)", "steps = errors.mean(0)"),
+    ("reproduce_schedules.py", "key, best)[0] - best.mean().item()", "key, best)[0]"),
+    ("reproduce_schedules.py", "(1 / adaptive.POWERS[density])", "1"),
+    ("reproduce_schedules.py", "return high - width * (torch", "return low + width * (torch"),
+    ("reproduce_schedules.py", "p / p.sum() / width", "p / p.sum()"),
+    ("reproduce_schedules_images.py", "bound - first)]", "first - bound)]"),
+    ("reproduce_schedules_images.py", "kind_images.dimension(one.config) * math.log(2)", "math.log(2)"),
+    ("reproduce_schedules_images.py", 'one.checkpoint["step"] if steps is None else steps', 'one.checkpoint["step"]'),
 ]
 
 

@@ -139,6 +139,8 @@ def test_the_figure_has_what_was_adapted(made):
                                for seed in range(2)]).double().mean(0)**(1 / power)
         width = 2 * SCHEDULES["cosine"].logsnr(torch.tensor(1e-3, dtype=F64)) / 100
         assert_close(curves[density][1], moments / moments.sum() / width, rtol=1e-6, atol=1e-12)
+        exact = adaptive.one_draw(DATASETS["clusters"], density, "cosine", n=2000)[1]**(1 / power)
+        assert_close(curves[f"{density}, exact denoiser"][1], exact / exact.sum() / width, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
