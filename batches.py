@@ -6,12 +6,12 @@ Not here: the loop (`train_points.py`).
 """
 import torch
 
+import adaptive
 import losses
 import optimum
 import run
 import stack
 import variance as variances
-from ddpm import SCHEDULES
 
 
 def has_bound(configs):
@@ -23,7 +23,7 @@ def epoch(data, number, configs, moments=None):
     """Importance, z, t, y, w and perhaps `variance.columns` of an epoch -> a list of (steps, M * B, ...).
 
     data: of every network, a list of (n, D); number: of the epoch. Members of one set and seed share every draw, but
-    for times drawn with their own moments, a list of `losses.draw_step`'s.
+    for times drawn with their own moments, a list of `adaptive.moved`'s.
     """
     device, chain, batch_size = data[0].device, losses.chain_of(configs[0]), configs[0]["batch_size"]
     steps = len(data[0]) // batch_size     # leaves out the last, smaller batch: other points each epoch
@@ -35,10 +35,7 @@ def epoch(data, number, configs, moments=None):
             order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", number)).to(device)
             g = run.generator(device, seed, "noise", number)
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
-            t, importance = (
-                losses.draw_step((steps, batch_size), chain, moments[m] if moments else None, g) if chain else
-                losses.draw_t((steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"],
-                              config["t_density"], g))
+            t, importance = adaptive.draw((steps, batch_size), config, moments[m] if moments else None, g)
             draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
     made = []
     for key, config in zip(times, configs):

@@ -6,7 +6,7 @@ a flipped byte (where there is a digest), a foreign file or an edited one ends i
 
     config, model, history, optimizer          of every run
     ema, step, seconds, recent                 of images, too: see train_images.py
-    moments                                    of --t-density loss_aware, too: see losses.draw_step
+    moments                                    of --t-density loss_aware and adaptive, too: see adaptive.py
 
 Not here: what a run does with them (`run.py`).
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import adaptive
 import settings
 
 try:
@@ -145,12 +146,12 @@ def has_entries(history, *keys):
 
 
 def has_loss_moments(checkpoint):
-    """Has it the mean squares of a chain's terms, `losses.second_moments`, where its times are drawn with them?"""
+    """Has it the moments of its loss in each bin or step, `adaptive.moved`, where its times are drawn with them?"""
     config, moments = checkpoint["config"], checkpoint.get("moments")
-    if config.get("t_density") != "loss_aware":
+    if config.get("t_density") not in adaptive.POWERS:
         return moments is None
-    return (torch.is_tensor(moments) and moments.shape == (config["timesteps"],) and moments.is_floating_point()
-            and bool((moments.isfinite() & (moments >= 0)).all()))
+    return (torch.is_tensor(moments) and moments.shape == (config.get("timesteps") or adaptive.BINS,)
+            and moments.is_floating_point() and bool((moments.isfinite() & (moments >= 0)).all()))
 
 
 PARTS = {  # what a checkpoint of each kind has besides its config: name, test of the whole checkpoint

@@ -80,13 +80,13 @@ def conflict(config):
         if config["t_min"] < 1e-6 and discrete.smallest_t(ddpm.SCHEDULES[config["schedule"]]) > 0:
             return (f"--t-min {config['t_min']:g} is for a schedule whose log-SNR is finite at "
                     f"t = 1, {config['schedule']}'s is not - leave it out")
-        if config["t_density"] == "logsnr":
-            return "--t-density logsnr is of continuous time - leave it or --timesteps out"
+        if config["t_density"] in ("logsnr", "adaptive"):
+            return (f"--t-density {config['t_density']} is of continuous time - leave it or --timesteps out, "
+                    "or take loss_aware")
     elif config["t_min"] < 1e-6:
         return f"--t-min must be in [1e-06, 0.49] without --timesteps, got {config['t_min']:g}"
-    elif name != "small" or config["t_density"] == "loss_aware":
-        what = f"--variance {name}" if name != "small" else "--t-density loss_aware"
-        return f"{what} is of a discrete chain: say of how many steps, --timesteps 1000"
+    elif name != "small":
+        return f"--variance {name} is of a discrete chain: say of how many steps, --timesteps 1000"
     if learned and loss not in losses.OF_A_CHAIN:
         return f"--variance {name} is learned, which --loss {loss} does not do - take vlb or hybrid"
     if loss == "hybrid" and not learned:

@@ -231,7 +231,19 @@ def sample_t(shape, t_min=1e-3, generator=None, dtype=torch.float32):
     return t_min + (1 - 2 * t_min) * u
 
 
-T_DENSITIES = "uniform", "logsnr", "loss_aware"
+T_DENSITIES = "uniform", "logsnr", "adaptive", "loss_aware"          # the latter two: adaptive.py
+
+
+def bin_of(u, p):
+    """Bins drawn by u in [0, 1): i, where in it, in [0, 1), and its probability, all of u's shape.
+
+    That is proportional to p (n,), and a thousandth uniform.
+    """
+    p = p.cpu().to(u.dtype)
+    p = 0.999 * p / p.sum() + 0.001 / len(p)
+    ends, p = p.cumsum(0).to(u.device), p.to(u.device)
+    i = torch.searchsorted(ends, u).clamp(max=len(p) - 1)
+    return i, (1 - (ends[i] - u) / p[i]).clamp(0, 1), p[i]
 
 
 def draw_step(shape, chain, moments=None, generator=None, dtype=torch.float32):
@@ -241,22 +253,9 @@ def draw_step(shape, chain, moments=None, generator=None, dtype=torch.float32):
     gives the mean over i the least variance (Nichol and Dhariwal 2021, Eq. 18), and a thousandth
     uniform.
     """
-    u, like = sample_t(shape, 0.0, generator, dtype), dict(dtype=dtype)
-    p = torch.ones(chain.steps, **like) if moments is None else moments.cpu().sqrt().to(dtype)
-    p = 0.999 * p / p.sum() + 0.001 / chain.steps
-    i = torch.searchsorted(p.cumsum(0).to(u.device), u).clamp(max=chain.steps - 1)
-    return chain.times.to(u)[i + 1], 1 / (chain.steps * p.to(u))[i]
-
-
-def second_moments(moments, i, errors, rate):
-    """`moments` (T,) of `draw_step`, moved by `rate` to the mean square of the errors of step i.
-
-    i, errors (n,): errors without importance. Steps that were not drawn stay as they are.
-    """
-    zeros = torch.zeros_like(moments)
-    i, squares = i.to(moments.device) - 1, errors.to(moments).square()
-    counts, sums = zeros.index_add(0, i, torch.ones_like(squares)), zeros.index_add(0, i, squares)
-    return torch.where(counts > 0, moments + rate * (sums / counts.clamp(min=1) - moments), moments)
+    u = sample_t(shape, 0.0, generator, dtype)
+    i, _, p = bin_of(u, torch.ones(chain.steps) if moments is None else moments.sqrt())
+    return chain.times.to(u)[i + 1], 1 / (chain.steps * p)
 
 
 def draw_t(shape, schedule, t_min=1e-3, density="uniform", generator=None, dtype=torch.float32):

@@ -11,6 +11,8 @@ from plots import save
 
 SCHEDULE_COLOURS = {"cosine": "black", "linear": "#332288", "ve": "#88CCEE", "flow": "#44AA99", "ddpm": "#999933",
                     "iddpm": "#CC6677", "edm": "#882255", "nelbo_stable": "#DDCC77"}                 # Tol's
+DENSITY_COLOURS = {"uniform": "black", "logsnr": "#88CCEE", "adaptive": "#CC6677", "loss_aware": "#332288",
+                   "learned": "#999933"}
 
 
 def over_logsnr(panels, path, columns=4):
@@ -36,6 +38,20 @@ def over_logsnr(panels, path, columns=4):
     fig.tight_layout(rect=(0, 0, 1, 0.94))
     fig.legend([plt.Line2D([], [], color=colour) for colour in SCHEDULE_COLOURS.values()], SCHEDULE_COLOURS,
                loc="upper center", ncols=len(SCHEDULE_COLOURS))
+    save(fig, path)
+
+
+def panels(densities, path):
+    """p(log-SNR) in a panel for each dataset: {title: {name: (logsnr (n,), p (n,), linestyle)}}; names have colours."""
+    fig, axes = plt.subplots(1, len(densities), figsize=(3.5 * len(densities), 3.2), sharey=True, squeeze=False)
+    for ax, (title, curves) in zip(axes[0], densities.items()):
+        for name, (logsnr, p, linestyle) in curves.items():
+            ax.plot(logsnr, p, linestyle, color=DENSITY_COLOURS[name.split(",")[0]], label=name, linewidth=1.2)
+        ax.set(title=title, xlabel="log-SNR", ylim=(0, None))
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("p(log-SNR)")
+    fig.tight_layout(rect=(0, 0, 1, 0.9))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(curves))
     save(fig, path)
 
 

@@ -33,7 +33,8 @@ RESULTS = {name: (document, *row) for document, module in DOCUMENTS.items() for 
 DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
 OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         # None: always said
 SET = "--target", "--loss", "--minutes", "--seed", "--seeds", "--resume", "--no-resume", "--overwrite"
-SET_BY = {"table4.2": SET, "tableF5.1-images": (*SET, "--schedule", "--timesteps", "--variance", "--train-steps")}
+SET_BY = {"table4.2": SET, "tableF5.1-images": (*SET, "--schedule", "--timesteps", "--variance", "--train-steps"),
+          "schedules-images": (*SET, "--target", "--schedule", "--t-density", "--adaptive", "--train-steps")}
 
 
 def is_table(name):

@@ -7,6 +7,8 @@ Not here: what the results show, which is written in results/vdm/README.md.
 import torch
 
 import plots_weightings
+import reproduce_schedules
+import reproduce_schedules_images
 import targets
 import weightings
 from ddpm import SCHEDULES
@@ -57,5 +59,10 @@ def fig_densities(study, path):
 RESULTS = {
     "weights": (fig_weights, "every loss as a weight of log-SNR, by target; dashed: not monotone"),
     "densities": (fig_densities, "density of log-SNR of every schedule, t uniform"),
+    "loss-variance": (reproduce_schedules.loss_variance,
+                      "std over mean of one draw of the loss for densities of t, exact denoiser"),
+    "epochs": (reproduce_schedules.epochs, "NELBO of networks trained with each density of t, and epochs to near it"),
+    "adapted-densities": (reproduce_schedules.fig_adapted, "densities of log-SNR that training arrives at, VDM 4.130"),
+    "schedules-images": (reproduce_schedules_images.table, "bits/dim of images, each density of t: --data, --budget"),
 }
-TABLES = ()
+TABLES = "loss-variance", "epochs", "schedules-images"

@@ -46,9 +46,9 @@ SETTINGS = [
     Setting("schedule", "noise schedule", "cosine", "cosine", argument=dict(choices=SCHEDULES)),
     Setting("t_min", "t is in [t_min, 1 - t_min]; 0 for a chain whose schedule allows it", 1e-3, 1e-3,
             argument=dict(type=number(float, 0, 0.49))),
-    Setting("t_density", "what is uniform, t or log-SNR, or of a chain p(i) ~ the root of the mean square of its term "
-            "of the loss; the weights are exact in all", "uniform", "uniform",
-            argument=dict(choices=losses.T_DENSITIES)),
+    Setting("t_density", "what is uniform, t or log-SNR, or where the loss is large: p ~ its mean in each bin of "
+            "log-SNR, adaptive, or the root of its mean square there or in each step of a chain, loss_aware; the "
+            "weights are exact in all", "uniform", "uniform", argument=dict(choices=losses.T_DENSITIES)),
     Setting("timesteps", "train a discrete chain of so many steps, see variance.py, Ho et al. 2020: 1000 (none: "
             "continuous time)", None, None, argument=dict(type=number(int, 2, 10_000))),
     Setting("variance", "of a step of a chain; direct, log and range are learned", "small", "small",
@@ -185,6 +185,8 @@ def add_arguments(parser):
         help = (row.help + default_text(row)).replace("%", "%%")
         groups[row.points is ABSENT].add_argument(f"--{row.name.replace('_', '-')}", help=help,
                                                   **row.argument | {"default": None})
+    groups[False].add_argument("--adaptive", dest="t_density", action="store_const", const="adaptive",
+                               help="short for --t-density adaptive")
 
 
 def complete(args, kind, error):

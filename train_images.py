@@ -19,8 +19,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import adaptive
 import checkpoints
-import ddpm
 import images
 import kind_images
 import losses
@@ -50,7 +50,7 @@ def order(seed, epoch, n, device):
 def batch(data, step, config, moments=None):
     """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the images' device.
 
-    moments: of `losses.draw_step`, where the loss says which t are drawn.
+    moments: of `adaptive.moved`, where the loss says which t are drawn.
 
     An epoch goes through the images in an order of its own and leaves out the last, smaller batch.
     """
@@ -59,9 +59,7 @@ def batch(data, step, config, moments=None):
     g = run.generator(device, seed, "noise", step)
     x = data[order(seed, epoch, len(data), device)[i * size:(i + 1) * size]]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
-    chain = losses.chain_of(config)
-    t, importance = losses.draw_step((size,), chain, moments, g) if chain else losses.draw_t(
-        (size,), ddpm.SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
+    t, importance = adaptive.draw((size,), config, moments, g)
     return x, t, torch.randn(x.shape, generator=g, device=device), importance
 
 
@@ -84,10 +82,10 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     ema = copy.deepcopy(model).eval()
     # recent: (loss, norm of the gradient, errors, t, importance) since the last test
     step, history, recent, seconds, chain = 0, [], [], 0.0, losses.chain_of(config)
-    moments = torch.ones(chain.steps, device=device) if config["t_density"] == "loss_aware" else None
+    aware, moments = config["t_density"] in adaptive.POWERS, None
     if state:
         adam = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-        moments = None if moments is None else state["moments"].to(device)
+        moments = state["moments"].to(device) if aware else None
         with checkpoints.fitting(folder):
             for part, values in (model, state["model"]), (ema, state["ema"]), (optimizer, adam):
                 part.load_state_dict(values)
@@ -117,7 +115,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             run.save(folder / "ckpt.pt", dict(config=config, model=model.state_dict(), ema=ema.state_dict(), step=step,
                                               optimizer=optimizer.state_dict(), history=history, seconds=seconds,
                                               recent=[column.cpu() for column in columns()],
-                                              **{} if moments is None else {"moments": moments.cpu()}))
+                                              **{"moments": moments.cpu()} if aware else {}))
 
     took = dict(test=None, grid=None, all=0.0)
 
@@ -144,8 +142,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         step += 1
         get_ema_multi_avg_fn(ema_decay(config["ema"], step))(average, list(model.parameters()), None)
 
-        if moments is not None:
-            moments = losses.second_moments(moments, chain.index(t), errors.detach() / importance, 0.1)
+        if aware:
+            moments = adaptive.moved(moments, t, errors.detach() / importance, 0.1, config)
         recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
         over = step >= steps or seconds >= 60 * minutes
@@ -229,8 +227,8 @@ def train(args, device):
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if args.t_density == "loss_aware" and world > 1:
-        raise SystemExit("--t-density loss_aware is for one process, each would draw other times - leave it out")
+    if args.t_density in adaptive.POWERS and world > 1:
+        raise SystemExit(f"--t-density {args.t_density} is for one process, each would draw other times - leave it out")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - "
                          "make it a multiple")

@@ -14,6 +14,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import adaptive
 import batches
 import checkpoints
 import kind_points
@@ -91,7 +92,7 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, mom
     moments: of `batches.epoch`, which are moved. step: `build_step`, perhaps captured. Returns losses (steps, M), the
     loss over t (M, 20) and norms of the gradient (steps, M), all of the networks as they were in training.
     """
-    shared, chain = configs[0], losses.chain_of(configs[0])
+    shared = configs[0]
     importance, *inputs = batches.epoch(data, epoch, configs, moments)                      # (steps, M * B, ...)
     t, steps = inputs[1], len(importance)
 
@@ -105,11 +106,9 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, mom
         on_step()
     errors, t, importance = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t, importance))
     for m, before in enumerate(moments or []):             # of the whole epoch: 50 draws of each of 1000 steps
-        plain = (errors[m] / importance[m]).flatten()
-        before = plain.square().mean().expand(chain.steps) if before is None else before
-        moments[m] = losses.second_moments(before, chain.index(t[m].flatten()), plain, 1.0)
+        moments[m] = adaptive.moved(before, t[m].flatten(), (errors[m] / importance[m]).flatten(), 1.0, shared)
     over_t = losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"], importance=importance.flatten(1),
-                           chain=chain)
+                           chain=losses.chain_of(shared))
     return errors.mean(2).T, over_t, norms                                                  # errors (M, steps, batch)
 
 
@@ -131,7 +130,7 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     points = {key: kind_points.load(config, "train").to(device) for key, config in points.items()}
     data = [points[config["data"], config["seed"]] for config in configs]
     test, optima = optimum.ready(configs, device)
-    moments = ([state and state["moments"].to(device) for state in states] if shared["t_density"] == "loss_aware"
+    moments = ([state and state["moments"].to(device) for state in states] if shared["t_density"] in adaptive.POWERS
                else None)
 
     def initial(config):

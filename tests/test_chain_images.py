@@ -97,7 +97,7 @@ def test_the_loop_is_the_loop_typed_again(trained, folder, name):
     torch.manual_seed(0)
     model = kind_images.build_model(config).to(dtype)
     optimizer, norms, train_losses = torch.optim.AdamW(model.parameters()), [], []
-    moments = torch.ones(T) if "aware" in config["t_density"] else None
+    aware, moments = "aware" in config["t_density"], None
     for step in range(6):
         x, t, eps, _ = train_images.batch(data, step, config, moments)
         i = ((t - config["t_min"]) / (1 - 2 * config["t_min"]) * T).round().long() - 1
@@ -112,7 +112,9 @@ def test_the_loop_is_the_loop_typed_again(trained, folder, name):
         optimizer.param_groups[0]["lr"] = 0.01 * min(1, (step + 1) / 2)
         optimizer.step()
         train_losses.append(loss.item())
-        for k in range(T) if moments is not None else ():
+        if step == 0 and aware:
+            moments = plain.detach().float().square().mean().repeat(T)
+        for k in range(T) if aware else ():
             if (i == k).any():
                 moments[k] += 0.1 * (plain.detach()[i == k].square().mean() - moments[k])
     entries = history(trained[name])

@@ -142,7 +142,7 @@ STACKS = [
 @pytest.mark.parametrize("words, members", STACKS)
 def test_an_epoch_is_the_loop_written_by_hand(drawn, words, members, aware):
     """Losses, norms of gradients and weights of every member; aware: with times drawn by their moments."""
-    configs = configs_of(words, members)
+    configs = configs_of(words + " --t-density loss_aware" * aware, members)
     T, t_0 = configs[0]["timesteps"], configs[0]["t_min"]
     before = [torch.rand(T, generator=torch.Generator().manual_seed(m)) + 0.1 for m in range(len(configs))]
     moments = [c.clone() for c in before] if aware else None
@@ -181,7 +181,8 @@ def test_an_epoch_is_the_loop_written_by_hand(drawn, words, members, aware):
 
 def test_moments_begin_as_the_mean_square_of_all_losses(drawn):
     """So that steps that were not drawn in the first epoch are neither always nor never drawn in the second."""
-    config, = configs_of("--schedule cosine --timesteps 300 --variance large", [("clusters", "v", "mse")])
+    config, = configs_of("--schedule cosine --timesteps 300 --variance large --t-density loss_aware",
+                         [("clusters", "v", "mse")])
     moments = [None]
     _, (model,), _ = epoch([config], moments)
     x, t, eps = drawn[0]
@@ -528,7 +529,7 @@ TRAIN = [
     ("--variance log", "--variance log is of a discrete chain: say of how many steps, --timesteps 1000"),
     ("--variance large", "--variance large is of a discrete chain"), ("--loss vlb", "loss vlb is of a discrete chain"),
     ("--target mu", "target mu is the mean of a step"), ("--target eps mu_skip", "target mu_skip is the mean"),
-    ("--t-density loss_aware", "--t-density loss_aware is of a discrete chain"),
+    ("--timesteps 9 --adaptive", "adaptive is of continuous time - leave it or --timesteps out, or take loss_aware"),
     ("--t-min 0", r"--t-min must be in \[1e-06, 0.49\] without --timesteps, got 0"),
     ("--timesteps 9 --t-min 0", "--t-min 0 is for a schedule whose log-SNR is finite at t = 1, cosine's is not"),
     ("--timesteps 9 --t-min 0 --schedule flow", "flow's is not - leave it out"),

@@ -471,19 +471,6 @@ def test_the_root_of_the_second_moment_has_the_least_variance():
     assert spread(errors**2) < 0.2 * spread(None)
 
 
-def test_the_second_moments_move_to_the_mean_square_of_each_step():
-    """By a loop. Steps not drawn stay; each is moved once, however often it was drawn."""
-    g = torch.Generator().manual_seed(0)
-    moments, i = torch.rand(8, generator=g, dtype=F64), torch.tensor([3, 1, 3, 8, 3, 1])
-    errors, expected = torch.randn(6, generator=g), []
-    for k in range(1, 9):
-        own = [e**2 for e, step in zip(errors.tolist(), i.tolist()) if step == k]
-        old = moments[k - 1].item()
-        expected.append(0.9 * old + 0.1 * sum(own) / len(own) if own else old)
-    found = losses.second_moments(moments, i, errors, 0.1)
-    assert_close(found, torch.tensor(expected, dtype=F64), rtol=1e-9, atol=0)
-
-
 def test_the_weights_of_a_chain_and_what_needs_one():
     """vlb has no weight of an error, hybrid that of mse; losses and targets of a chain without one say so."""
     t, schedule = CHAIN.times[1:], CHAIN.schedule

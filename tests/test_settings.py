@@ -40,7 +40,7 @@ def test_every_row_is_once_in_the_help(capsys, monkeypatch):
     names = re.findall(r"^  --([\w-]+)", out, re.M)
     rows = [row.name.replace("_", "-") for row in settings.SETTINGS]
     assert sorted(names) == sorted([*rows, "data", "target", "loss", "seed", "seeds", "device", "stack", "out",
-                                    "resume", "overwrite"])
+                                    "adaptive", "resume", "overwrite"])
     for row in settings.SETTINGS:
         assert out.count(f"{row.help}{settings.default_text(row)}\n") == 1
 
@@ -150,7 +150,8 @@ def test_numbers_are_in_their_range(kind, low, high, wrong, message):
 @pytest.mark.parametrize("change, message", [
     ({"t_min": 0}, r"--t-min must be in \[1e-06, 0.49\] without --timesteps, got 0"),
     ({"variance": "log"}, "--variance log is of a discrete chain"),
-    ({"t_density": "loss_aware"}, "loss_aware is of a discrete chain"), ({"loss": "vlb"}, "loss vlb is of a discrete"),
+    ({"timesteps": 9, "t_density": "adaptive"}, "adaptive is of continuous time - .* or take loss_aware"),
+    ({"loss": "vlb"}, "loss vlb is of a discrete"),
     ({"target": "mu"}, "target mu is the mean of a step"), ({"timesteps": 9, "t_min": 0}, "cosine's is not"),
     ({"timesteps": 9, "t_density": "logsnr"}, "logsnr is of continuous time"),
     ({"timesteps": 9, "variance": "range"}, "which --loss mse does not do"),
