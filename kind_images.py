@@ -18,6 +18,7 @@ from torch import distributed
 
 import ddpm
 import images
+import invariance
 import losses
 import metrics
 import movie
@@ -134,17 +135,17 @@ def test(model, data, config, device):
     return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
 
 
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, under=None, **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
 
-    model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`.
+    model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. under: the
+    name of another schedule, see `invariance.py`.
     """
-    objective = losses.objective(config)
+    target = variances.predicted(config["target"])
+    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under)
     with autocast(config, generator.device):
-        x = samplers.sample(model, shape, steps, target=variances.predicted(config["target"]),
-                            schedule=objective["schedule"], t_min=t_min, generator=generator,
-                            stabiliser=objective["stabiliser"],
-                            clip=1.0 if clip else math.inf, **how)
+        x = samplers.sample(model, shape, steps, target=target, schedule=schedule, t_min=t_min, generator=generator,
+                            stabiliser=config["stabiliser"], clip=1.0 if clip else math.inf, **how)
     return images.to_uint8(x)
 
 

@@ -29,6 +29,7 @@ import time
 import torch
 
 import importance as chains
+import invariance
 import losses
 import progress as clock
 import run
@@ -37,6 +38,7 @@ import settings
 import tables
 import threads
 import variance as variances
+from ddpm import SCHEDULES
 from decoders import discretised, gaussian, nats, prior, reconstruction
 
 
@@ -139,24 +141,25 @@ def variance_of(config, variance, steps):
 
 
 def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="logsnr", num_ode=None, ode_steps=64,
-             tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None):
+             tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None,
+             under=None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
     x: points (n, D), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
     num_ode of them (all); draws, steps are those of `bound`, ode_steps, tolerance, probes of `log_likelihood`. Images
     have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255),
     the bins' width: on average it is not below -log P(x) (Theis et al. 2016). t_min: `run.smallest_t`. Of a run on a
-    chain the bound is that of its own steps and variance, or those asked for, all terms; model: with its `out`.
+    chain the bound is of its own steps and variance, or those asked for, all terms; model: with `out`. under: schedule.
     """
-    images, objective = x.ndim > 2, losses.objective(config)
-    variance, data = variance_of(config, variance, steps), None
+    images, variance, data = x.ndim > 2, variance_of(config, variance, steps), None
+    target, t_min = variances.predicted(config["target"]), run.smallest_t(config, t_min, "flow")
+    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under)
     if variance == "best":
         data = run.kind_module(settings.kind(config)).dataset(config)
-    shared = dict(target=variances.predicted(config["target"]), schedule=objective["schedule"],
-                  stabiliser=config["stabiliser"], generator=generator)
+    shared = dict(target=target, schedule=schedule, stabiliser=config["stabiliser"], generator=generator)
     how = dict(decoder=discretised if images else gaussian, draws=draws, variance=variance, data=data)
-    alone, t_min = lambda z, t: variances.split(model(z, t), z)[0], run.smallest_t(config, t_min, "flow")
-    parts, num_ode = [], len(x) if num_ode is None else num_ode
+    alone, parts = lambda z, t: variances.split(model(z, t), z)[0], []
+    num_ode = len(x) if num_ode is None else num_ode
     for i, rows in zip(range(0, len(x), batch_size), x.split(batch_size)):
         if config.get("timesteps"):
             part = variances.vlb(model, rows, steps=steps or config["timesteps"], t_min=config["t_min"], **how,
@@ -181,14 +184,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
 
 
 SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "variance", "uniform", "num_ode", "ode_steps",
-            "tolerance", "probes", "chains")      # that a result depends on
-
-
-def file_name(args):
-    """likelihood.json, or with what was asked for besides the defaults in its name: no result replaces another."""
-    asked = [f"-{name.replace('_', '-')}-{getattr(args, name)}" for name, default in args.defaults.items()
-             if getattr(args, name) != default]
-    return f"likelihood{''.join(asked)}.json"
+            "tolerance", "probes", "chains", "under")      # that a result depends on
 
 
 def complete(args, one):
@@ -206,6 +202,8 @@ def parse(argv):
     parser.add_argument("--num", type=settings.number(int, 2, 10**9), help="test examples (points: 10000, images: 500)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
                         help="where z_0 and z_1 are, of a chain in the flow alone (that of training, at least 0.001)")
+    parser.add_argument("--schedule", dest="under", choices=SCHEDULES,
+                        help="another than that of training, with the same end log-SNRs, see invariance.py (its own)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of t and noise (0)")
     parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9),
                         help="examples at once (points: 5000, images: 50)")
@@ -235,6 +233,8 @@ def parse(argv):
                         help="write the results as a table, a row for each run")
     args = parser.parse_args(argv)
     args.defaults = {name: parser.get_default(name) for name in SETTINGS}
+    if args.chains and args.under:
+        parser.error("--chains are of the schedule of training - leave out --schedule")
     if args.num_ode == 1:
         parser.error("--num-ode must be 0 or at least 2: one example has no error")
     return args
@@ -247,6 +247,7 @@ def main(argv=None):
     for one, _ in chosen:                                  # before hours of work, not after
         try:
             variance_of(one.config, asked.variance, asked.steps)
+            invariance.check(one.config, asked.under)
             if asked.chains:
                 chains.steps_of(one.config, asked.steps)
         except ValueError as error:
@@ -256,8 +257,7 @@ def main(argv=None):
         args = complete(asked, one)
         x, start = one.kind.test_examples(one.config, args.num, device, args.data_dir), time.perf_counter()
         if len(x) < 2:
-            raise SystemExit(f"{one.config['data']} has one test image, and a mean with its error needs two - "
-                             "add some to its test split")
+            raise SystemExit(f"{one.config['data']} has one test image, and a mean with its error needs two - add some")
 
         def progress(done):
             seconds = time.perf_counter() - start                                   # noqa: B023 - called in this turn
@@ -278,7 +278,7 @@ def main(argv=None):
                 terms, evaluations = evaluate(
                     model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
-                    run.generator(device, args.seed, "likelihood"), progress)
+                    run.generator(device, args.seed, "likelihood"), progress, args.under)
                 if args.chains:
                     terms |= chains.terms(chains.of_run(
                         one, x, args.chains, args.steps, args.variance, args.t_min, args.batch_size,
@@ -286,8 +286,9 @@ def main(argv=None):
         except ValueError as error:
             raise SystemExit(f"{one.folder}: {error}") from None
         result = tables.likelihood(one, terms, args, show, draws=args.draws, probes=args.probes,
-                                   evaluations=evaluations, seconds=time.perf_counter() - start, device=str(device))
-        file = file_name(args)
+                                   under=args.under, evaluations=evaluations, device=str(device),
+                                   seconds=time.perf_counter() - start)
+        file = tables.file_name(args)
         run.write(out / file, json.dumps(result, indent=2).encode())
         print(f"wrote {out / file}; {clock.seconds():.1f} s in all")
         lines.append({column: value for name, found in result.items() for column, value in (

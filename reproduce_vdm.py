@@ -9,6 +9,7 @@ import torch
 import plots_weightings
 import reproduce_schedules
 import reproduce_schedules_images
+import reproduce_theorems
 import targets
 import weightings
 from ddpm import SCHEDULES
@@ -64,5 +65,6 @@ RESULTS = {
     "epochs": (reproduce_schedules.epochs, "NELBO of networks trained with each density of t, and epochs to near it"),
     "adapted-densities": (reproduce_schedules.fig_adapted, "densities of log-SNR that training arrives at, VDM 4.130"),
     "schedules-images": (reproduce_schedules_images.table, "bits/dim of images, each density of t: --data, --budget"),
+    **reproduce_theorems.RESULTS,
 }
-TABLES = "loss-variance", "epochs", "schedules-images"
+TABLES = "loss-variance", "epochs", "schedules-images", *reproduce_theorems.TABLES

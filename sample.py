@@ -3,6 +3,7 @@
     python sample.py                                       # the newest run, 512 steps
     python sample.py --ckpt runs/rings-*-s0 --steps 16     # many at once, as a stack, with the same noise
     python sample.py --sampler dpmpp --steps 16            # nearly as good with few evaluations
+    python sample.py --schedule ve                         # another than that of training, see invariance.py
     python sample.py --movie                               # and samples.gif: from noise to data
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
 
@@ -18,11 +19,13 @@ What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samp
 import argparse
 
 import discrete
+import invariance
 import langevin
 import run
 import samplers
 import settings
 import variance
+from ddpm import SCHEDULES
 from variance import VARIANCES
 
 IMAGES = dict(batch_size=None, clip=True, overwrite=False, fid=False, fid_split="train", inception_weights=None,
@@ -40,6 +43,8 @@ def parse(argv):
     parser.add_argument("--grid", choices=[*samplers.GRIDS, "rescaled"],
                         help="what the steps are equal in: t, log-SNR, or Karras's; betas of ddpm, rescaled "
                         "(t, of annealed logsnr)")
+    parser.add_argument("--schedule", dest="under", choices=SCHEDULES,
+                        help="another than that of training, with the same end log-SNRs (its own)")
     parser.add_argument("--step-size", type=settings.number(float, 1e-12, 1e6),
                         help="of --sampler langevin (0.001), of annealed times sigma^2 (0.1)")
     parser.add_argument("--steps-per-level", type=settings.number(int, 1, 10**6), help="of --sampler annealed (10)")
@@ -80,16 +85,20 @@ def parse(argv):
         parser.error("--sampler ancestral has a variance: choose " + ", ".join(VARIANCES))
     if args.grid == "rescaled" and args.sampler in ("sde", "euler", "heun", "annealed"):
         parser.error(f"--grid rescaled is known at its own steps alone, and --sampler {args.sampler} needs its slope")
-    for name, of in dict(grid=[*samplers.SAMPLERS], t_min=[*samplers.SAMPLERS], step_size=["langevin", "annealed"],
+    if args.grid == "rescaled" and args.under:
+        parser.error("--grid rescaled is a chain of its own - leave out --schedule")
+    for name, of in dict(grid=[*samplers.SAMPLERS], t_min=[*samplers.SAMPLERS], under=[*samplers.SAMPLERS],
+                         step_size=["langevin", "annealed"],
                          metropolis=["langevin"], steps_per_level=["annealed"]).items():
         if getattr(args, name) is not None and args.sampler not in of:
-            parser.error(f"--{name.replace('_', '-')} is for --sampler {' or '.join(of)}, {args.sampler} has none")
+            name = "schedule" if name == "under" else name.replace("_", "-")
+            parser.error(f"--{name} is for --sampler {' or '.join(of)}, {args.sampler} has none")
     if args.movie and args.sampler == "langevin":
         parser.error("--movie shows samples from noise to data over t, and --sampler langevin has no t")
     if args.sampler != "langevin":
         args.grid = args.grid or ("logsnr" if args.sampler == "annealed" else "t")
     args.how = {name: getattr(args, name) for name in (
-        "sampler", "grid", "eta", "variance", "step_size", "steps_per_level", "metropolis")
+        "sampler", "grid", "under", "eta", "variance", "step_size", "steps_per_level", "metropolis")
         if getattr(args, name) is not None}
     args.in_words = ", ".join(f"{key} {value}" for key, value in args.how.items())
     return args
@@ -102,6 +111,7 @@ def main(argv=None):
     for one, _ in chosen:
         try:
             variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
+            invariance.check(one.config, args.under)
             if args.grid == "rescaled":
                 discrete.rescaled(one.schedule, args.steps)
             if args.metropolis and not one.config["energy"]:

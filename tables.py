@@ -42,6 +42,13 @@ def mean_and_error(c):
     return c.double().mean().item(), c.double().std().item() / len(c)**0.5
 
 
+def file_name(args):
+    """likelihood.json, or with what was asked for besides the defaults in its name: no result replaces another."""
+    asked = [f"-{name.replace('_', '-')}-{getattr(args, name)}" for name, default in args.defaults.items()
+             if getattr(args, name) != default]
+    return f"likelihood{''.join(asked)}.json"
+
+
 def likelihood(one, terms, args, show=print, **facts):
     """Print the terms of a Run, of `likelihood.evaluate`, beside the entropy -> what is in likelihood.json."""
     n, dimensions, config = len(terms["bound"]), one.kind.dimension(one.config), one.config

@@ -131,6 +131,26 @@ def implied(loss, target, schedule, logsnr):
     return -2 / schedule.dlogsnr(t) * losses.weight(loss, target, t, schedule) * (det / alpha)**2    # 2 p(lambda) * ...
 
 
+# What a weight that falls is
+
+def augmented(w, bound):
+    """L_w by parts, VDM 4.145: the integral of p_w times L(lambda), and the rest, of the ends: two numbers.
+
+    Both (n,), from much noise to little. bound: L(lambda), 1/2 the integral of the error of eps_hat from the first
+    log-SNR to this one, which is -ELBO of data with that noise, minus the entropy of the noise (4.158); it starts with
+    0, or with the KL of the prior. If w falls, p_w = -dw/dlambda (4.150) is w[0] - w[-1] times a density, and L_w, but
+    for the ends, the bound of data with Gaussian noise added. Where w rises p_w is negative, and L_w no bound.
+    """
+    p_w = -w.diff()                                                        # times the step of log-SNR
+    return (p_w * (bound[1:] + bound[:-1]) / 2).sum(), w[-1] * bound[-1] - w[0] * bound[0]
+
+
+def negative(w):
+    """Which part of the mass of |p_w| is where w rises: w (n,) from much noise to little -> a number; nan if flat."""
+    steps = w.diff()[w.diff().abs() > 1e-9 * w.abs().max()]
+    return (steps.clamp(min=0).sum() / steps.abs().sum()).item()
+
+
 if __name__ == "__main__":
     logsnr = torch.linspace(-8, 8, 9, dtype=torch.float64)
     print(f"{'log-SNR':22s}" + "".join(f"{value:10.0f}" for value in logsnr) + "   falls")

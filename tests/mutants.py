@@ -182,7 +182,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("likelihood.py", "rtol=each, atol=each,", "rtol=1e-2, atol=1e-2,"),
     ("likelihood.py", "each = tolerance / len(x)**0.5", "each = tolerance"),
     ("likelihood.py", 'run.smallest_t(config, t_min, "flow")', "t_min or 1e-3"),
-    ("likelihood.py", "if getattr(args, name) != default]", "if False]"),
+    ("tables.py", "if getattr(args, name) != default]", "if False]"),
     ("likelihood.py", "generator=generator, device=x.device) - 1) / 255",
                       "generator=generator, device=x.device) - 1) / 127"),
     ("likelihood.py", "math.log(2 / 255) if images else 0)", "math.log(1 / 255) if images else 0)"),
