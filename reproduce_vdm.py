@@ -7,18 +7,19 @@ Not here: what the results show, which is written in results/vdm/README.md.
 import torch
 
 import plots_weightings
+import reproduce_embedded
+import reproduce_spaces
+import reproduce_weightings
 import targets
 import weightings
 from ddpm import SCHEDULES
+from reproduce_spaces import SPACES
 
 
 def grid(schedule, limit, n=201):
     """Log-SNR from -limit to limit, where the schedule has it: (n,)."""
     logsnr, (low, high) = torch.linspace(-limit, limit, n, dtype=torch.float64), schedule.ends(1e-9)
     return logsnr[(logsnr > low) & (logsnr < high)]
-
-
-SPACES = {"x": "rescaled", "eps": "simple", "v": "v_space", "u": "u_space"}     # mse of one target, for all of them
 
 
 def implied_weights(limit=10):
@@ -57,5 +58,6 @@ def fig_densities(study, path):
 RESULTS = {
     "weights": (fig_weights, "every loss as a weight of log-SNR, by target; dashed: not monotone"),
     "densities": (fig_densities, "density of log-SNR of every schedule, t uniform"),
+    **reproduce_spaces.RESULTS, **reproduce_embedded.RESULTS, **reproduce_weightings.RESULTS,
 }
-TABLES = ()
+TABLES = "spaces", "embedded", "weightings"

@@ -44,7 +44,7 @@ def test_density_denoiser_and_score_are_those_of_the_mixture_in_D_dimensions(dim
 
 def test_the_best_model_of_v_has_a_time_for_each_row():
     data, schedule = embedded.Embedded(PLANE, 5), SCHEDULES["cosine"]
-    z, t = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=F64), torch.linspace(0.1, 0.9, 6, dtype=F64)
+    z, t = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).double(), torch.linspace(0.1, 0.9, 6).double()
     alpha, sigma = torch.cos(math.pi / 2 * t)[:, None], torch.sin(math.pi / 2 * t)[:, None]
     x_hat = torch.cat([data.denoise(z[i:i + 1], alpha[i, 0], sigma[i, 0]) for i in range(6)])
     assert_close(data.optimal_model("v", schedule)(z, t), (alpha * z - x_hat) / sigma)     # v = (alpha z - x) / sigma
