@@ -16,6 +16,7 @@ Not here: images, and how training draws its batches (`train.py`).
     python datasets2d.py  # the datasets as an image, datasets2d.png
 """
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class GaussianMixture:
     """
     centres: torch.Tensor
     std: torch.Tensor
+    dim = 2
 
     def sample(self, n, generator=None, dtype=torch.float32):
         """Draw n independent points -> (n, 2), on the generator's device."""
@@ -156,8 +158,28 @@ def unequal():
     return torch.tensor([[-5, -5]] + 4 * [[5, 5]], dtype=torch.float64), 1.0
 
 
+class Sets(dict):
+    """Name -> dataset. rings-512, of no list, is the rings in 512 dimensions: `embedded.py`."""
+
+    def parts(self, name):
+        """rings-512 -> the rings, 512; None for other names."""
+        name, dash, dim = name.rpartition("-") if isinstance(name, str) else ("", "", "")
+        known = dash and dict.__contains__(self, name) and re.fullmatch(r"[1-9]\d{0,3}", dim)
+        return (self[name], int(dim)) if known and 2 <= int(dim) <= 4096 else None
+
+    def __contains__(self, name):
+        return super().__contains__(name) or bool(self.parts(name))
+
+    def __missing__(self, name):
+        import embedded  # not above: it uses this file
+        if not (found := self.parts(name)):
+            raise KeyError(name)
+        return embedded.embed(*found)
+
+
 DATASETS = {shape.__name__: standardised(*shape())
             for shape in (clusters, rings, swiss_roll, waves, unequal)}
+DATASETS = Sets(DATASETS)                                                   # and rings-512
 FOUR = "clusters", "rings", "swiss_roll", "waves"                           # the thesis's
 
 

@@ -56,8 +56,8 @@ def size(config):
 
 
 def dimension(config):
-    """D, 2 but for points of a file."""
-    return config["points"]["dim"] if "points" in config else 2
+    """D, 2 but for points of a file and embedded ones."""
+    return config["points"]["dim"] if "points" in config else DATASETS[config["data"]].dim
 
 
 def load(config, split="test"):

@@ -85,12 +85,12 @@ def floor(dataset, n, m, repetitions=20, generator=None):
 
     Returns {name: (mean, std)} of the three distances over the repetitions, std with n - 1.
     """
-    pairs = [(dataset.sample(n, generator), dataset.sample(m, generator)) for _ in range(repetitions)]
-    result = {}
-    for distance in DISTANCES:
-        values = torch.stack([distance(x, y) for x, y in pairs])
-        result[distance.__name__] = (values.mean().item(), values.std().item())
-    return result
+    values = {distance.__name__: [] for distance in DISTANCES}
+    for _ in range(repetitions):
+        x, y = dataset.sample(n, generator), dataset.sample(m, generator)
+        for distance in DISTANCES:
+            values[distance.__name__].append(distance(x, y))
+    return {name: (torch.stack(c).mean().item(), torch.stack(c).std().item()) for name, c in values.items()}
 
 
 def root(cov):

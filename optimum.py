@@ -101,8 +101,9 @@ def optimal_predictions(data, schedule, t_min, timesteps=None):
     def compute():
         x_hat, score = mixture.denoise_and_score(z, alpha, sigma)
         return [x_hat, -sigma[:, None] * score] + ([mixture.covariance(z, alpha, sigma)] if timesteps else [])
-    return cache.kept(compute, f"optimum of {data}", *vars(mixture).values(), z, t, alpha, sigma,
-                      *[timesteps][:bool(timesteps)])
+    kept = cache.kept if mixture.dim == 2 else lambda compute, *_: compute()       # 200 MB in 512 dimensions
+    return kept(compute, f"optimum of {data}", *vars(mixture).values(), z, t, alpha, sigma,
+                *[timesteps][:bool(timesteps)])
 
 
 @functools.cache

@@ -28,4 +28,8 @@ RECIPES = {
     "multi-scale": (["--schedule", "ve", "--timesteps", "50", "--activation", "silu"], ["multi_scale"]),
     "silu": (["--activation", "silu"], ["mse"]),
     "energy": (["--energy"], ["mse"]),
+    # VDM: any target in the loss space of any, and the weights of log-SNR, the same for all targets
+    "spaces": ([], ["rescaled", "simple", "v_space", "u_space", "s_space"]),
+    "embedded": (["--width", "256", "--stack", "3"], ["rescaled", "simple", "v_space"]),
+    "weightings": ([], ["nelbo", "sigmoid", "min_snr", "p2", "edm", "edm_monotonic"]),
 }

@@ -7,21 +7,22 @@ Not here: what the results show, which is written in results/vdm/README.md.
 import torch
 
 import plots_weightings
+import reproduce_embedded
 import reproduce_schedules
 import reproduce_schedules_images
+import reproduce_spaces
 import reproduce_theorems
+import reproduce_weightings
 import targets
 import weightings
 from ddpm import SCHEDULES
+from reproduce_spaces import SPACES
 
 
 def grid(schedule, limit, n=201):
     """Log-SNR from -limit to limit, where the schedule has it: (n,)."""
     logsnr, (low, high) = torch.linspace(-limit, limit, n, dtype=torch.float64), schedule.ends(1e-9)
     return logsnr[(logsnr > low) & (logsnr < high)]
-
-
-SPACES = {"x": "rescaled", "eps": "simple", "v": "v_space", "u": "u_space"}     # mse of one target, for all of them
 
 
 def implied_weights(limit=10):
@@ -65,6 +66,8 @@ RESULTS = {
     "epochs": (reproduce_schedules.epochs, "NELBO of networks trained with each density of t, and epochs to near it"),
     "adapted-densities": (reproduce_schedules.fig_adapted, "densities of log-SNR that training arrives at, VDM 4.130"),
     "schedules-images": (reproduce_schedules_images.table, "bits/dim of images, each density of t: --data, --budget"),
-    **reproduce_theorems.RESULTS,
+    **reproduce_theorems.RESULTS, **reproduce_spaces.RESULTS, **reproduce_embedded.RESULTS,
+    **reproduce_weightings.RESULTS,
 }
-TABLES = "loss-variance", "epochs", "schedules-images", *reproduce_theorems.TABLES
+TABLES = ("loss-variance", "epochs", "schedules-images", "spaces", "embedded", "weightings",
+          *reproduce_theorems.TABLES)

@@ -224,9 +224,12 @@ def alike(config):
     """Of a complete config what the runs of one stack must have in common: all but data, target, loss and seed.
 
     A loss of `score_matching.py` differentiates the network, and an energy its one target: there they are the same.
+    And so is the dimension of embedded points.
     """
     own = ["loss"] * (config.get("sigma") is not None) + ["target"] * bool(config.get("energy"))
-    return {key: value for key, value in config.items() if key not in NAMES or key in own}
+    dim = DATASETS[config["data"]].dim if config["data"] in DATASETS else 2
+    return ({key: value for key, value in config.items() if key not in NAMES or key in own}
+            | ({"dimension": dim} if dim > 2 else {}))
 
 
 def configs(args, **more):

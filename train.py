@@ -48,7 +48,8 @@ def parse(argv):
                              usage="python train.py [options], see --help")
     group = parser.add_argument_group("what to train (several values: all combinations)")
     group.add_argument("--data", nargs="+", type=data_name, default=["rings"],
-                       help=f"2D: {', '.join(DATASETS)}; a .npy or .csv of points, one a row; "
+                       help=f"2D: {', '.join(DATASETS)}; rings-512: embedded in so many dimensions; "
+                            "a .npy or .csv of points, one a row; "
                             f"images: {', '.join(images.IMAGES)} or a folder of them (rings)")
     group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
     group.add_argument("--loss", nargs="+", choices=[*losses.LOSSES, *OBJECTIVES], default=["mse"],
@@ -84,7 +85,7 @@ def parse(argv):
         found = conflicts.conflict(vars(args) | dict(loss=loss, target=target))
         if found:
             parser.error(found)
-    if args.variance == "best" and not all(data in DATASETS for data in args.data):
+    if args.variance == "best" and not all(data in [*DATASETS] for data in args.data):
         parser.error(f"--variance best is known for {', '.join(DATASETS)} alone - take small, large or a learned one")
     return args
 
