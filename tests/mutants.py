@@ -234,7 +234,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("datasets2d.py", "(centres.var(0, correction=0) + std**2).sqrt()", "centres.var(0, correction=0).sqrt()"),
     ("datasets2d.py", "(centres - mean) / scale, std / scale", "(centres - mean) / scale, std * torch.ones(2)"),
     ("datasets2d.py", "+ self.std.to(noise) * noise", "+ self.std.to(noise)**2 * noise"),
-    ("datasets2d.py", "dtype=torch.float64), 0.2", "dtype=torch.float64), 0.25"),
+    ("datasets2d.py", "return corners, 0.2", "return corners, 0.25"),
     ("datasets2d.py", "torch.tensor([0.5, 0.0]", "torch.tensor([0.4, 0.0]"),
     ("datasets2d.py", "line(1.5 * math.pi, 4.5 * math.pi, n)", "line(1.5 * math.pi, 4 * math.pi, n)"),
     ("datasets2d.py", "torch.stack([u, u.sin() - 1], 1)", "torch.stack([u, u.cos() - 1], 1)"),
