@@ -6,6 +6,8 @@ exact mean and standard deviation. So we have not only samples but the log-densi
 diffusion to z = alpha x + sigma eps (again a mixture) the density of z, its score, and E[x | z],
 the best possible denoiser: what every result of this project is compared with. The centres on a
 curve are so close (at most 0.14 standard deviations apart) that more of them change nothing.
+Each centre has a label, its class: a cluster, a ring, a wave, half of the roll, a mode. What is
+known of the data is known of each class, which is a mixture too.
 
 The thesis shows its datasets, all but `unequal`, only as images. The shapes here are inferred: the
 32 losses of its Table 4.1 lie between 1 % below and 7 % above what their exact denoiser gets
@@ -28,20 +30,39 @@ import targets
 class GaussianMixture:
     """Equal-weight Gaussian mixture in 2D: centres (K, 2), one standard deviation per axis (2,).
 
-    Both are float64 on the CPU. Data z are (B, 2), alpha and sigma numbers or tensors of shape
+    Both are float64 on the CPU. labels (K,): the class of each centre, 0, 1, ...; None: it has no
+    classes. Data z are (B, 2), alpha and sigma numbers or tensors of shape
     (B,) or (). Results have z's dtype and device. The default alpha = 1, sigma = 0 is the data
     themselves. Work goes in chunks, so that memory does not grow with B.
     """
     centres: torch.Tensor
     std: torch.Tensor
+    labels: torch.Tensor = None
     dim = 2
+
+    @property
+    def classes(self):
+        """How many classes there are."""
+        return 0 if self.labels is None else self.labels.max().item() + 1
+
+    def given(self, label):
+        """The data of one class, p(x | label), exactly. ValueError if there is no such class."""
+        if label not in range(self.classes):
+            raise ValueError(f"no label {label}: " + (
+                f"choose from 0 to {self.classes - 1}" if self.classes else "these have none"))
+        return GaussianMixture(self.centres[self.labels == label], self.std)
 
     def sample(self, n, generator=None, dtype=torch.float32):
         """Draw n independent points -> (n, 2), on the generator's device."""
+        return self.sample_pairs(n, generator, dtype)[0]
+
+    def sample_pairs(self, n, generator=None, dtype=torch.float32):
+        """Draw the points of `sample` and their labels -> (n, 2), (n,) or None."""
         device = generator.device if generator is not None else "cpu"
         k = torch.randint(len(self.centres), (n,), generator=generator, device=device)
         noise = torch.randn(n, 2, generator=generator, device=device, dtype=dtype)
-        return self.centres.to(noise)[k] + self.std.to(noise) * noise
+        x = self.centres.to(noise)[k] + self.std.to(noise) * noise
+        return x, None if self.labels is None else self.labels.to(device)[k]
 
     def _chunks(self, z, alpha, sigma):
         """Yield z (b, 2), alpha and sigma (b, 1), the variance of z given its centre (b, 2),
@@ -117,10 +138,10 @@ class GaussianMixture:
         return model
 
 
-def standardised(centres, std):
+def standardised(centres, std, labels=None):
     """The mixture of `centres` (K, 2) and noise `std`, per axis of exact mean 0 and variance 1."""
     mean, scale = centres.mean(0), (centres.var(0, correction=0) + std**2).sqrt()
-    return GaussianMixture((centres - mean) / scale, std / scale)
+    return GaussianMixture((centres - mean) / scale, std / scale, labels)
 
 
 def line(start, end, n):
@@ -130,7 +151,8 @@ def line(start, end, n):
 
 def clusters():
     """Four Gaussians at (+-1, +-1), standard deviation 0.2."""
-    return torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float64), 0.2
+    corners = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float64)
+    return corners, 0.2, torch.arange(4)
 
 
 def rings(n=1000):
@@ -138,24 +160,29 @@ def rings(n=1000):
     u = line(0, 2 * math.pi, n)
     ring = torch.stack([u.cos(), u.sin()], 1)
     shift = torch.tensor([0.5, 0.0], dtype=torch.float64)
-    return torch.cat([ring - shift, ring + shift]), 0.05
+    return torch.cat([ring - shift, ring + shift]), 0.05, torch.arange(2 * n) // n
 
 
 def swiss_roll(n=2000):
-    """u (cos u, sin u) with u uniform in [1.5 pi, 4.5 pi], standard deviation 0.5; n centres."""
+    """u (cos u, sin u) with u uniform in [1.5 pi, 4.5 pi], standard deviation 0.5; n centres.
+
+    Its classes are the inner and the outer half of u.
+    """
     u = line(1.5 * math.pi, 4.5 * math.pi, n)
-    return torch.stack([u * u.cos(), u * u.sin()], 1), 0.5
+    return torch.stack([u * u.cos(), u * u.sin()], 1), 0.5, 2 * torch.arange(n) // n
 
 
 def waves(n=1000):
     """(u, sin u +- 1) with u uniform in [-2 pi, 2 pi], standard deviation 0.25; n on each."""
     u = line(-2 * math.pi, 2 * math.pi, n)
-    return torch.cat([torch.stack([u, u.sin() - 1], 1), torch.stack([u, u.sin() + 1], 1)]), 0.25
+    centres = torch.cat([torch.stack([u, u.sin() - 1], 1), torch.stack([u, u.sin() + 1], 1)])
+    return centres, 0.25, torch.arange(2 * n) // n
 
 
 def unequal():
     """Weights 0.2 and 0.8, by a repeated centre, standard deviation 1 (Song and Ermon 2019)."""
-    return torch.tensor([[-5, -5]] + 4 * [[5, 5]], dtype=torch.float64), 1.0
+    centres = torch.tensor([[-5, -5]] + 4 * [[5, 5]], dtype=torch.float64)
+    return centres, 1.0, torch.tensor([0, 1, 1, 1, 1])
 
 
 class Sets(dict):

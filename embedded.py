@@ -69,9 +69,9 @@ class Embedded:
         normal = -0.5 * (off.square() / var).sum(1) - 0.5 * (self.dim - 2) * (2 * math.pi * var[:, 0]).log()
         return self.plane.log_prob(self.project(z), alpha, sigma) + normal
 
-    def _denoise_and_score(self, z, alpha, sigma):
+    def denoise_and_score(self, z, alpha, sigma):
         """E[x | z] and the score of z: (B, D) -> both (B, D)."""
-        x_hat, score = self.plane._denoise_and_score(self.project(z), alpha, sigma)
+        x_hat, score = self.plane.denoise_and_score(self.project(z), alpha, sigma)
         (off, var, alpha), P = self._off(z, alpha, sigma), self.basis.to(z)
         return x_hat @ P.T + alpha * NOISE**2 / var * off, score @ P.T - off / var
 

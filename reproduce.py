@@ -19,6 +19,7 @@ import torch
 
 import reproduce_beyond
 import reproduce_foundations
+import reproduce_poster
 import reproduce_slides
 import reproduce_thesis
 import reproduce_vdm
@@ -28,7 +29,7 @@ import train
 from study import Study
 
 DOCUMENTS = {"thesis": reproduce_thesis, "beyond": reproduce_beyond, "foundations": reproduce_foundations,
-             "slides": reproduce_slides, "vdm": reproduce_vdm}
+             "slides": reproduce_slides, "vdm": reproduce_vdm, "poster": reproduce_poster}
 RESULTS = {name: (document, *row) for document, module in DOCUMENTS.items() for name, row in module.RESULTS.items()}
 DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
 OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         # None: always said

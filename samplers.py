@@ -16,7 +16,7 @@ slides, f and g^2 are `drift` and `diffusion_sq` of the schedule, w is Brownian 
                that ODE solved exactly
     annealed   Langevin dynamics at every noise level, ten steps each (Song and Ermon 2019)
 
-Not here: guidance; the likelihood that goes with the ODE (`likelihood.py`).
+Not here: guidance (`guidance.py`); the likelihood that goes with the ODE (`likelihood.py`).
 
     python samplers.py    # each sampler, exact denoiser of the clusters, 4 to 64 evaluations
 """

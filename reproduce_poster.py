@@ -1,0 +1,13 @@
+"""The poster's systems in two dimensions, where the truth is known: what classifier-free guidance samples from.
+
+Functions of a `study.Study` return the lines of a table, functions of a Study and a path draw a figure: see RESULTS.
+
+Not here: what the results show, which is written in results/poster/README.md for the committed runs.
+"""
+import reproduce_guidance
+
+RESULTS = {
+    "guided": (reproduce_guidance.guided, "guided samples beside the density that they are said to have, by w and t"),
+    "guided-plane": (reproduce_guidance.fig_plane, "the same in the plane: the density as shades, samples as points"),
+}
+TABLES = "guided",
