@@ -117,8 +117,8 @@ def weightings(study):
     floors = "; ".join("{}: {}".format(data, ", ".join(floor(samples[data, "x", "nelbo", 0], name)
                                                 for name in OF_SAMPLES.values())) for data in FOUR)
     return text + [
-        f"{study.args.seeds} seeds, mean +- standard deviation, {study.args.epochs} epochs, cosine schedule, t uniform. "
-        "The targets of a row have one w(log-SNR) and one density of log-SNR. rises: its w does somewhere, with "
+        f"{study.args.seeds} seeds, mean +- standard deviation, {study.args.epochs} epochs, cosine schedule, t uniform."
+        " The targets of a row have one w(log-SNR) and one density of log-SNR. rises: its w does somewhere, with "
         "log-SNR. NELBO gap: to the exact denoiser, nats per dimension, 200,000 points. Exact NLL gap: -log p of the "
         f"flow minus that of the data, nats, {TESTED:,} points. {study.args.num_samples:,} samples by dpmpp with 64 "
         f"evaluations on grid logsnr; perfect samples have, in the columns' order: {floors}. Told apart: means that "
