@@ -238,10 +238,11 @@ IMAGES = ("--channels 8 --channel-mult 1 --layers 1 --attention 0 --batch-size 4
 def test_images_resumed_are_the_same_and_their_moments_those_of_their_losses(folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(train_images, "GRID_STEPS", 2)
     monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
-    calls, original = [], adaptive.moved
+    calls, drawn, original, draw = [], [], adaptive.moved, adaptive.draw
     argv = ["--data", str(folder), *IMAGES, "--t-density", "loss_aware", "--out"]
     with monkeypatch.context() as patch:
         patch.setattr(adaptive, "moved", lambda *of: (calls.append(of), original(*of))[1])
+        patch.setattr(adaptive, "draw", lambda *of: (drawn.append(draw(*of)), drawn[-1])[1])
         train.main([*argv, str(tmp_path / "whole")])
     state = run.load(only(tmp_path / "whole"))
     assert len(calls) == 6 and calls[0][0] is None and state["moments"].shape == (100,)
@@ -252,6 +253,9 @@ def test_images_resumed_are_the_same_and_their_moments_those_of_their_losses(fol
             assert torch.equal(before, moments)
         moments = original(before, t, errors, rate, config)
     assert torch.equal(moments, state["moments"])
+    means = [(errors * importance).mean().item() for (_, _, errors, *_), (_, importance) in zip(calls, drawn)]
+    assert [entry["train_loss"] for entry in state["history"]] == pytest.approx(
+        [(a + b) / 2 for a, b in zip(means[::2], means[1::2])], rel=1e-4)
     killed(monkeypatch, [*argv, str(tmp_path / "killed")], 4)
     train.main([*argv, str(tmp_path / "killed"), "--resume"])
     assert same(state, run.load(only(tmp_path / "killed")))
