@@ -54,7 +54,7 @@ def bound(model, x, *, chain, target, variance, data=None, decoder=gaussian, sta
             found.append(variances.term(model, some, part, eps, **how))
         return torch.cat(found)
     every = torch.arange(1, chain.steps + 1).repeat(pilot)
-    moments = losses.second_moments(torch.zeros(chain.steps, dtype=torch.float64), every, terms(every), 1.0)
+    moments = terms(every).double().square().unflatten(0, (pilot, -1)).mean(0)
     t, weight = losses.draw_step((draws,), chain, moments, generator)
     values = (chain.steps * weight * terms(chain.index(t))).double()
     ends = prior(x.double(), chain.schedule, t_min).mean().item()
