@@ -1346,7 +1346,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
     "reproduce_vdm.py": ["weightings"], "plots_weightings.py": ["weightings"],
     "conflicts.py": ["weightings", "settings"],
-    "reproduce_beyond.py": ["reproduce"],
+    "reproduce_beyond.py": ["reproduce"], "reproduce_theorems.py": ["theorems"], "plots_theorems.py": ["theorems"],
     "tables.py": ["movie", "likelihood"],
     **{f"reproduce_{name}.py": ["slides"] for name in ("slides", "scores", "modes", "frozen", "energies")},
 }
