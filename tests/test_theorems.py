@@ -151,8 +151,8 @@ def test_l_t_of_the_exact_denoiser_and_3_110_typed_again():
     T = 16
     t = 0.001 + 0.998 * torch.arange(2 * T + 1, dtype=F64) / (2 * T)
     logsnr = 2 * torch.log(torch.cos(math.pi / 2 * t) / torch.sin(math.pi / 2 * t))
-    for extra in exact, offset:
-        error = torch.tensor([least_error(u) for u in logsnr.tolist()]) + extra(logsnr)
+    for extra, more in (exact, 0 * logsnr), (offset, 2 * 0.5**2 / (1 + torch.exp(4 - logsnr))):
+        error = torch.tensor([least_error(u) for u in logsnr.tolist()]) + more
         s, middle, t = slice(0, -1, 2), slice(1, None, 2), slice(2, None, 2)
         terms = 0.5 * (logsnr[s].exp() - logsnr[middle].exp()) * (error[middle] - error[t])           # Eq. (3.110)
         assert of(2 * T, "cosine", extra) - of(T, "cosine", extra) == pytest.approx(terms.sum().item(), rel=0.02)
