@@ -2,6 +2,7 @@
 
 Not here: all other figures (`plots.py`, which says what they have in common).
 """
+import torch
 from matplotlib import pyplot as plt
 
 from plots import save
@@ -9,7 +10,7 @@ from plots_weightings import SCHEDULE_COLOURS
 
 
 def doubling(panels, path):
-    """|L_T - L_2T| over T, both axes logarithmic; dashed where L_2T is the larger.
+    """|L_T - L_2T| over T, both axes logarithmic; dashed and open where L_2T is the larger.
 
     panels: {title: {(schedule, what the denoiser is): (T (n,), L_T - L_2T (n,))}}; a denoiser has its marker.
     """
@@ -17,12 +18,14 @@ def doubling(panels, path):
     markers = dict(zip(dict.fromkeys(denoiser for curves in panels.values() for _, denoiser in curves), "os^v"))
     for ax, (title, curves) in zip(axes[0], panels.items()):
         for (schedule, denoiser), (T, change) in curves.items():
-            grows = bool((change < 0).any())
-            ax.plot(T, change.abs(), "--" if grows else "-", marker=markers[denoiser], markersize=4, linewidth=1.3,
-                    color=SCHEDULE_COLOURS[schedule], label=f"{schedule}, {denoiser}")
+            for grows in False, True:
+                shown = torch.where((change < 0) == grows, change.abs(), torch.nan)
+                ax.plot(T, shown, "--" if grows else "-", marker=markers[denoiser], markersize=5, linewidth=1.3,
+                        color=SCHEDULE_COLOURS[schedule], markerfacecolor="white" if grows else None,
+                        label=None if grows else f"{schedule}, {denoiser}")
         ax.set(xscale="log", yscale="log", xlabel="T", title=title)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("|L_T - L_2T|, nats")
-    axes[0, 0].legend(fontsize=8, title="dashed: L_2T is larger", title_fontsize=8)
+    axes[0, 0].legend(fontsize=8, title="open, dashed: L_2T is larger", title_fontsize=8)
     fig.tight_layout()
     save(fig, path)

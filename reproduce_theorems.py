@@ -189,15 +189,6 @@ def noisy_bound(p, x, eps, logsnr):
     return ratio(logsnr) - ratio(torch.full_like(logsnr, LOW))
 
 
-def from_p_w(w, u, logsnr):
-    """Draws of |p_w|, its mass cut in `logsnr`, from u uniform (n,) -> log-SNR and sign times mass, (n,) both."""
-    p_w = -w.diff()
-    mass = torch.cat([torch.zeros(1), p_w.abs().cumsum(0)])
-    i = torch.searchsorted(mass, u * mass[-1], right=True).clamp(1, len(p_w)) - 1
-    inside = (u * mass[-1] - mass[i]) / p_w[i].abs()
-    return logsnr[i] + inside * (logsnr[i + 1] - logsnr[i]), p_w[i].sign() * mass[-1]
-
-
 @functools.cache
 def sides(data, of, factor, n):
     """Both sides of VDM 4.145 for every row of WEIGHTS -> {name: {side: (mean, standard error)}}, and both shares."""
@@ -208,18 +199,18 @@ def sides(data, of, factor, n):
     h = 0.5 * torch.stack([error(denoiser, factor, x, eps, logsnr.expand(n)) for logsnr in NODES])
     bound = torch.cat([torch.zeros(1, n), torch.cumulative_trapezoid(h, NODES, dim=0)])       # L(lambda) of each x
     times, found = schedule.t(torch.tensor([HIGH, LOW], dtype=F64)), {}
-    fine, n = torch.linspace(LOW, HIGH, 2001, dtype=F64), 10 * n
+    n, cut = 10 * n, 2000
     mean = lambda values: (values.mean().item(), (values.std() / len(values)**0.5).item())
     for name, (loss, target) in WEIGHTS.items():
-        w, w_fine = (weightings.implied(loss, target, schedule, logsnr) for logsnr in (NODES, fine))
+        w, w_fine = (weightings.implied(loss, target, schedule, logsnr) for logsnr in (
+            NODES, torch.linspace(LOW, HIGH, cut + 1, dtype=F64)))
         x, eps = new(n)
         t = times[0] + (times[1] - times[0]) * uniform(n)
         loss_at_t = losses.weight(loss, target, t, schedule) * losses.translate("eps", target, t, schedule)
         right, ends = weightings.augmented(w, bound.mean(1))
         share = weightings.negative(w)
-        flat = math.isnan(share)
-        lowest = torch.full((n,), LOW, dtype=F64)
-        logsnr, sign = (lowest, 0.0) if flat else from_p_w(w_fine, uniform(n), fine)
+        u = uniform(n)
+        logsnr, p_w = LOW + (HIGH - LOW) * u, -cut * w_fine.diff()[(cut * u).long().clamp(max=cut - 1)]
         earlier, any_one = LOW + (logsnr - LOW) * torch.rand(n, generator=g, dtype=F64), LOW + (HIGH - LOW) * uniform(n)
         at_end = w[-1] * (HIGH - LOW) / 2 * error(denoiser, factor, x, eps, any_one)
         found[name] = {
@@ -227,10 +218,10 @@ def sides(data, of, factor, n):
             "left, Monte Carlo": mean((times[1] - times[0]) * loss_at_t * error(
                 denoiser, factor, x, eps, schedule.logsnr(t))),
             "right, quadrature": (right + ends).item(),
-            "right, Monte Carlo": mean(sign * (logsnr - LOW) / 2 * error(denoiser, factor, x, eps, earlier) + at_end),
-            "log-density": mean(sign * noisy_bound(denoiser, x, eps, logsnr) + w[-1] * noisy_bound(
+            "right, Monte Carlo": mean(p_w * (logsnr - LOW) / 2 * error(denoiser, factor, x, eps, earlier) + at_end),
+            "log-density": mean(p_w * noisy_bound(denoiser, x, eps, logsnr) + w[-1] * noisy_bound(
                 denoiser, x, eps, torch.full((n,), HIGH, dtype=F64))) if factor == 1 else None,
-            "ends": (ends / (right + ends)).item(), "rises": 0.0 if flat else share}
+            "ends": (ends / (right + ends)).item(), "rises": 0.0 if math.isnan(share) else share}
     return found
 
 
@@ -246,8 +237,8 @@ def augmentation(study):
                  "by -log p of noisy data", "of that w(lambda_max) L(0)", "mass of p_w below 0"], lines) + [
         f"Cosine, log-SNR from {LOW:g} to {HIGH:g}, nats for two dimensions, +- standard error. L_w: 1/2 integral of w "
         "times the error of eps_hat, Monte Carlo: the loss of `losses.py` with t uniform. By parts, Eq. (4.145): "
-        "integral of p_w L(lambda), plus the end w(lambda_max) L(0); Monte Carlo: log-SNR drawn from |p_w|, its sign "
-        "kept, and a second one for L. -log p: L(lambda) by the exact log-density of noisy data under the model whose "
+        "integral of p_w L(lambda), plus the end w(lambda_max) L(0); Monte Carlo: log-SNR uniform, and a second one "
+        "below it for L. -log p: L(lambda) by the exact log-density of noisy data under the model whose "
         "denoiser it is, Eq. (4.158); 1.1 eps_hat is that of none. Both are without the prior's KL at log-SNR "
         f"{LOW:g}."]
 

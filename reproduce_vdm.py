@@ -1,6 +1,7 @@
-"""Demystifying Variational Diffusion Models: every loss as a weight of log-SNR.
+"""Demystifying Variational Diffusion Models: every loss as a weight of log-SNR, and its theorems.
 
-Functions of a `study.Study` and a path draw a figure: see RESULTS. Read `weightings.py` first.
+Functions of a `study.Study` and a path draw a figure: see RESULTS, where `reproduce_theorems.py` has most. Read
+`weightings.py` first.
 
 Not here: what the results show, which is written in results/vdm/README.md.
 """

@@ -11,7 +11,6 @@ from test_ddpm import every_schedule
 from torch.testing import assert_close
 
 import ddpm
-import images
 import invariance
 import kind_images
 import likelihood
@@ -126,11 +125,11 @@ def test_the_bound_of_one_network_is_one_number_draw_by_draw(name):
     """VDM 4.80: with log-SNR uniform no schedule is left, whatever the network; prior and reconstruction are equal."""
     model = lambda z, t: torch.sin(2 * z) - t[:, None]
     x = CLUSTERS.sample(200, torch.Generator().manual_seed(2), F64)
-    config = dict(schedule="cosine", stabiliser=0.0, target="v", t_min=0.01)
+    config = dict(schedule="cosine", stabiliser=0.02)
 
     def terms(under):
-        own, schedule, t_min = invariance.of_run(model, "v", config, 0.01, under)
-        return likelihood.bound(own, x, target="v", schedule=schedule, t_min=t_min, draws=3,
+        own, schedule, t_min = invariance.of_run(model, "s", config, 0.01, under)
+        return likelihood.bound(own, x, target="s", schedule=schedule, t_min=t_min, draws=3, stabiliser=0.02,
                                 generator=torch.Generator().manual_seed(3))
     expected, found = terms(None), terms(name)
     for part in expected:
@@ -199,7 +198,7 @@ def test_the_likelihood_under_another_schedule(runs, tmp_path, capsys):
                   for middle, end in (("", ""), ("", "-under-flow")))
     for key in "prior", "reconstruction", "diffusion", "bound":
         assert own[key] == pytest.approx(other[key], rel=1e-6)
-    assert own["exact"][0] == pytest.approx(other["exact"][0], abs=0.02)
+    assert 0 < abs(own["exact"][0] - other["exact"][0]) < 0.02                       # of Runge-Kutta steps
     assert own["under"] is None and other["under"] == "flow"
     discrete = ["--steps", "8", "--num-ode", "0"]
     for more in [], ["--schedule", "ve"]:
@@ -211,11 +210,11 @@ def test_the_likelihood_under_another_schedule(runs, tmp_path, capsys):
 def test_images_under_another_schedule():
     config = dict(schedule="cosine", target="v", stabiliser=0.0, loss="mse", precision="fp32", timesteps=None)
     model = lambda z, t: 0.3 * z
-    draw = lambda under: kind_images.draw(model, (2, 1, 3, 3), 5, config, torch.Generator().manual_seed(1), 1e-3, True,
-                                          under, sampler="ddim", grid="logsnr")
+    draw = lambda under, grid="logsnr": kind_images.draw(
+        model, (2, 1, 3, 3), 5, config, torch.Generator().manual_seed(1), 1e-3, True, under, sampler="ddim", grid=grid)
     levels = [draw(under).int() for under in (None, "ve", "flow")]
     assert levels[0].float().std() > 10 and all((level - levels[0]).abs().max() <= 1 for level in levels)
-    assert images.to_float(draw("ve")).abs().max() <= 1
+    assert (draw("ve", "t").int() - draw(None, "t").int()).abs().max() > 1
 
 
 @pytest.mark.parametrize("config, name, message", [
