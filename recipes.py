@@ -26,4 +26,6 @@ RECIPES = {
     "multi-scale": (["--schedule", "ve", "--timesteps", "50", "--activation", "silu"], ["multi_scale"]),
     "silu": (["--activation", "silu"], ["mse"]),
     "energy": (["--energy"], ["mse"]),
+    # Poster: guidance
+    "labels": (["--labels"], ["mse"]),
 }
