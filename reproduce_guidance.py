@@ -25,7 +25,7 @@ SETS = {"clusters": (DATASETS["clusters"], 3), "rings": (standardised(*rings(120
 SAMPLERS = {"flow": ("dpmpp", 128), "SDE": ("ancestral", 512)}
 INTERVALS = {"low noise": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high noise": (2 / 3, 1.0), "all": (0.0, 1.0)}
 TRAINED, EPOCHS = (0, 1, 5), 20        # weights and epochs of networks
-TIMES = 0.1, 0.3, 0.5, 0.7, 0.9
+TIMES = 0.2, 0.4, 0.6, 0.8
 REAL = 50_000                          # points of `Tilted`, to compare with
 
 
@@ -62,7 +62,7 @@ def measured(name, x):
             data.given(label).log_prob(x).mean().item()]
 
 
-def relative_error(name, w, t, n=1000):
+def relative_error(name, w, t, n=2000):
     """Root mean square of guided score minus that of the diffused `Tilted`, over that of the latter, on its points."""
     (data, label), (law, real) = SETS[name], tilted(name, w)
     alpha, sigma = (float(c(torch.tensor(t, dtype=torch.float64))) for c in (COSINE.alpha, COSINE.sigma))
