@@ -93,7 +93,7 @@ def guided(study):
                 distances = [metrics.sliced_wasserstein(x, real).item() for x in [samples(name, 0, sampler, n), *found]]
                 cells.append([name, f"{w}", sampler, *show(distances)])
     errors = [[name, f"{w}", *(f"{relative_error(name, w, t):.2f}" for t in TIMES)] for name in SETS for w in WEIGHTS]
-    return rows(["data", "w", "samples of", "sliced Wasserstein", "accuracy", "spread", "log p(x | label)"], lines) \
+    return rows(["data", "w", "samples of", "sliced Wasserstein", "accuracy", "spread", "log-density"], lines) \
         + rows(["sliced Wasserstein", "w", "samples of", "no guidance", *(
             f"{title}, {low:.2g} < t <= {high:.2g}" for title, (low, high) in INTERVALS.items())], cells) \
         + rows(["error of the score", "w", *(f"t = {t:g}" for t in TIMES)], errors) + [
@@ -101,9 +101,9 @@ def guided(study):
         f"and by the reverse SDE ({SAMPLERS['SDE'][1]} of ancestral), equal steps of log-SNR, the same noise in all "
         f"rows. Distance to {REAL:,} points of the density p(x | label)^(1 + w) p(x)^-w, from a grid; of the density "
         "itself the floor of 5 draws. Accuracy: the share whose most probable label, by the exact p(label | x), is "
-        "theirs. Spread: standard deviation, the root of its mean square over the axes. log p(x | label): mean, nats. "
-        "Second table: guidance in an interval of t alone. Third: guided score minus that of the diffused density, "
-        "root mean square over that of the latter, on its points."]
+        "theirs. Spread: standard deviation, the root of its mean square over the axes. Log-density: mean of "
+        "log p(x | label), nats. Second table: guidance in an interval of t alone. Third: guided score minus that of "
+        "the diffused density, root mean square over that of the latter, on its points."]
 
 
 def of_network(one, n):
@@ -135,7 +135,7 @@ def trained(study):
                                                 of[0].history[-1]["optimum"])
                        for name in SETS for of in [[one for key, one in runs.items() if key[0] == name]])
     return rows(["data", "w", "samples of", "exact to density", "network to density", "network to exact",
-                 "accuracy", "spread", "log p(x | label)"], lines) + [
+                 "accuracy", "spread", "log-density"], lines) + [
         f"Networks that see labels (v, mse, {epochs} epochs, {study.args.seeds} seeds, mean +- standard deviation), "
         f"{n:,} samples of one label beside those of the exact guided denoiser from the same noise: sliced Wasserstein "
         "distances to the density p(x | label)^(1 + w) p(x)^-w and to each other; the rest as in the table `guided`. "
