@@ -7,11 +7,15 @@ Not here: the loop (`train_points.py`).
 import torch
 
 import adaptive
+import kind_points
 import losses
 import optimum
 import run
 import stack
 import variance as variances
+from guidance import NULL
+
+DROPPED = 0.1          # of labels (Ho and Salimans 2022)
 
 
 def has_bound(configs):
@@ -19,8 +23,23 @@ def has_bound(configs):
     return any(config["loss"] in losses.OF_A_CHAIN for config in configs)
 
 
+def permutation(n, seed, number):
+    """The order of n points in an epoch."""
+    return torch.randperm(n, generator=run.generator("cpu", seed, "order", number))
+
+
+def labels(config, number, device):
+    """What the network of a run with labels sees of the points of an epoch, some NULL: [(n,)]; of another run []."""
+    if not config.get("labels"):
+        return []
+    label, seed = kind_points.pairs(config, "train")[1], config["seed"]
+    label = label[permutation(len(label), seed, number)]
+    dropped = torch.rand(len(label), generator=run.generator("cpu", seed, "labels", number)) < DROPPED
+    return [torch.where(dropped, NULL, label)[:len(label) // config["batch_size"] * config["batch_size"]].to(device)]
+
+
 def epoch(data, number, configs, moments=None):
-    """Importance, z, t, y, w and perhaps `variance.columns` of an epoch -> a list of (steps, M * B, ...).
+    """Importance, z, t, y, w and perhaps `variance.columns`, or labels, of an epoch: a list of (steps, M * B, ...).
 
     data: of every network, a list of (n, D); number: of the epoch. Members of one set and seed share every draw, but
     for times drawn with their own moments, a list of `adaptive.moved`'s.
@@ -32,7 +51,7 @@ def epoch(data, number, configs, moments=None):
         seed = config["seed"]
         times.append((seed, config["data"], m if moments else None))
         if (key := times[-1]) not in draws:
-            order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", number)).to(device)
+            order = permutation(len(x), seed, number).to(device)
             g = run.generator(device, seed, "noise", number)
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
             t, importance = adaptive.draw((steps, batch_size), config, moments[m] if moments else None, g)
@@ -44,5 +63,5 @@ def epoch(data, number, configs, moments=None):
         of_chain = [torch.cat([variances.columns(
             t, chain, config["target"], config["loss"], config["stabiliser"], importance, config["vlb_weight"]),
             *optimum.given(config, z, t)], 1)] if has_bound(configs) else []
-        made.append((importance, z, t, y, w * importance, *of_chain))
+        made.append((importance, z, t, y, w * importance, *of_chain, *labels(config, number, device)))
     return [stack.interleave(c, batch_size) for c in zip(*made)]

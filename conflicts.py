@@ -10,6 +10,7 @@ import energy
 import losses
 import score_matching
 import variance
+from datasets2d import DATASETS
 
 LEVELS = 50                # of noise, of the loss multi_scale where --timesteps does not say it
 WITHOUT_T = dict(timesteps=None, schedule="cosine", t_density="uniform", variance="small",
@@ -63,6 +64,12 @@ def conflict(config):
     Of the config of a run, or of the arguments of `train.py` with one data, target and loss.
     """
     name, loss, learned = config["variance"], config["loss"], config["variance"] in variance.LEARNED
+    if config.get("labels"):
+        data = config["data"] if isinstance(config["data"], list) else [config["data"]]
+        if without := [each for each in data if each not in DATASETS or not DATASETS[each].classes]:
+            return f"--labels: {without[0]} has none - leave it out"
+        if config["timesteps"] or config.get("energy") or config.get("sigma") is not None:
+            return "--labels is for networks of continuous time, not for chains, energies or scores without t"
     if config.get("energy") and (config["target"] not in energy.TARGETS or learned):
         return ("--energy has a gradient alone: it is for --target "
                 f"{' or '.join(energy.TARGETS)}, and no learned variance - take --target s")

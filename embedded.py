@@ -38,7 +38,8 @@ def basis(dim):
 
 
 class Embedded:
-    """A 2D mixture `plane` in D dimensions; what it does is what `GaussianMixture` does, z (B, D)."""
+    """A 2D mixture `plane` in D dimensions; what it does is what `GaussianMixture` does, z (B, D). It has no labels."""
+    classes = 0
 
     def __init__(self, plane, dim):
         self.plane, self.dim, self.basis = plane, dim, basis(dim)
@@ -56,6 +57,9 @@ class Embedded:
         p = self.plane.sample(n, generator, dtype)
         noise = torch.randn(n, self.dim, generator=generator, device=p.device, dtype=dtype)
         return p @ self.basis.to(p).T + NOISE * self.off(noise)
+
+    def sample_pairs(self, n, generator=None, dtype=torch.float32):
+        return self.sample(n, generator, dtype), None
 
     def _off(self, z, alpha, sigma):
         """z off the plane (B, D), the variance of its coordinates there (B, 1), and alpha (B, 1)."""

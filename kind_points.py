@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import cache
+import guidance
 import invariance
 import langevin
 import metrics
@@ -41,8 +42,10 @@ LIKELIHOOD = dict(num=10_000, batch_size=5000, draws=100, num_ode=None, probes=N
 
 
 def dataset(config):
-    """Of a run: a 2D mixture with its exact density, or the points of a file, which have none."""
-    return own_points.OwnPoints(config["data"], config["points"]) if "points" in config else DATASETS[config["data"]]
+    """Of a run: a 2D mixture with its exact density, of one label if it has `label`; or the points of a file."""
+    if "points" in config:
+        return own_points.OwnPoints(config["data"], config["points"])
+    return DATASETS[config["data"]].given(config["label"]) if "label" in config else DATASETS[config["data"]]
 
 
 def facts(data):
@@ -63,12 +66,18 @@ def dimension(config):
 def load(config, split="test"):
     """The points of a run -> (n, D), on the CPU; the test split is the same for every seed, target and loss.
 
-    n is POINTS, and for points of a file, which are standardised, what is in it.
+    n is POINTS, and for points of a file, which are standardised, what is in it; with `label` those of the label.
     """
     if "points" in config:
         return getattr(dataset(config), split)
+    x, label = pairs(config, split)
+    return x[label == config["label"]] if "label" in config else x
+
+
+def pairs(config, split="test"):
+    """All the points of `load` and their labels -> (n, 2), (n,) or None."""
     key = (config["seed"], "train") if split == "train" else ("test", config["data"])
-    return DATASETS[config["data"]].sample(POINTS, run.generator("cpu", *key))
+    return DATASETS[config["data"]].sample_pairs(POINTS, run.generator("cpu", *key))
 
 
 def build_model(config, members=1):
@@ -77,7 +86,8 @@ def build_model(config, members=1):
     schedule = SCHEDULES[config["schedule"]]
     network = MLP(dimension(config), config["width"], schedule=None if without_t else schedule, members=members,
                   out=1 if of_energy else dimension(config) * variances.outputs(config),
-                  activation=config.get("activation", "relu"), time=not without_t)
+                  activation=config.get("activation", "relu"), time=not without_t,
+                  classes=DATASETS[config["data"]].classes if config.get("labels") else 0)
     return Energy(network, config["target"], schedule) if of_energy else network
 
 
@@ -86,9 +96,14 @@ def weights(checkpoint):
     return checkpoint["model"]
 
 
-def in_chunks(model, members=1):
-    """A network or stack as one that is given 5,000 rows at a time on a CPU: activations then fit in its cache."""
+def in_chunks(model, members=1, config=None):
+    """A network or stack as one that is given 5,000 rows at a time on a CPU: activations then fit in its cache.
+
+    config: of its run; with `label` and `guidance` in it the network is the guided one of that label.
+    """
     cpu = next(model.parameters()).device.type == "cpu"
+    if config and "label" in config:
+        model = guidance.of_label(guidance.guided(model, config["guidance"]), config["label"])
     return stack.in_chunks(model, members, 5000 if cpu else 2**20)
 
 
@@ -109,7 +124,7 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, unde
     add = progress.counter(f"drawing {num_samples:,} samples" + (f" of {members} runs" if members > 1 else ""),
                            evaluations, "evaluations")
     model = watch(progress.counted(threads.shared(
-        in_chunks(runs.model(device, out=variance in variances.LEARNED), members), device), add))
+        in_chunks(runs.model(device, out=variance in variances.LEARNED), members, runs.config), device), add))
     names, t_min = [run.target for run in runs.members], run.smallest_t(runs.config, t_min, **how)
     model, schedule, t_min = invariance.of_run(model, names, runs.config, t_min, under)
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps, target=names, schedule=schedule,
@@ -144,12 +159,13 @@ def of_blocks(configs, variance):
 
 def floor(config, n):
     """What the distances and the mean log-density (nats) of n perfect samples are: metrics.floor's dict, number."""
-    return floors(config["data"], n, json.dumps(config.get("points")))
+    return floors(config["data"], n, json.dumps(config.get("points")), config.get("label"))
 
 
 @functools.cache
-def floors(data, n, points):
+def floors(data, n, points, label=None):
     config = dict(data=data) | ({"points": json.loads(points)} if points != "null" else {})
+    config |= {} if label is None else {"label": label}
     source, real = dataset(config), load(config)
     return cache.kept(lambda: (metrics.floor(source, n, len(real), generator=run.generator("cpu", "floor")),
                                None if points != "null" else metrics.log_density(source, real).item()),
@@ -198,10 +214,15 @@ def save(out, one, samples, **facts):
     return result
 
 
+def towards(config):
+    """What samples are guided to, in words."""
+    return ", label {label}, w = {guidance:g}".format(**config) if "label" in config else ""
+
+
 def show(one, result, args):
     """Print what was measured of the samples of one Run, what `save` returned."""
     print("{}: {num_samples} samples in {steps} steps, {}, {seconds:.1f} s on {device}"
-          .format(one.folder, args.in_words, **result))
+          .format(one.folder, args.in_words + towards(result), **result))
     print("                      samples    floor (data against data)")
     for key in MEASURED[:-1]:
         print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
@@ -215,7 +236,8 @@ def table_rows(one, result):
     """What was measured of one Run as a row of a table, and what perfect samples have as another."""
     facts = {key: result.get(key) for key in (
         "steps", "sampler", "grid", "eta", "variance", "num_samples", "sampling_seed")}
-    facts |= {key: result[key] for key in ("under", "step_size", "steps_per_level", "metropolis") if key in result}
+    facts |= {key: result[key] for key in ("under", "step_size", "steps_per_level", "metropolis", "label", "guidance")
+              if key in result}
     best = [*(result[f"{key}_floor"]["mean"] for key in MEASURED[:-1]), result.get("log_density_data")]
     names = [name.replace("_", " ") for name in MEASURED]
     return ({"run": str(one.folder), **dict(zip(names, map(result.get, MEASURED))), **facts},
@@ -246,7 +268,7 @@ def sample(chosen, args, device):
             if len(chosen) == 1:
                 show(one, result, args)
             lines[id(one)], floor_lines[f"floor, {config['data']}"] = table_rows(one, result)
-            title = "{target}, {loss}, {steps} steps".format(**result)
+            title = "{target}, {loss}, {steps} steps".format(**result) + towards(config)
             real = load(config, "train" if "points" in config else "test")
             plots.scatter({f"{config['data']}, data": in_units(config, real), title: in_units(config, x)},
                           out / "samples.png", limits=None if "points" in config else (-3, 3))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import ddpm
+from guidance import NULL
 
 ACTIVATIONS = {"relu": torch.relu_, "silu": functional.silu}
 
@@ -20,6 +21,8 @@ class MLP(nn.Module):
 
     activation: relu, or silu for a network whose derivatives are used: ReLU has no second one.
     time: without it the network ignores t, as that of a score of one noise level.
+    classes: how many labels there are; model(z, t, label) sees label (B,) as one number for each,
+    1 for its own, and none of them where it is `guidance.NULL`, and without label.
     schedule: the one that made z, to divide z by its standard deviation where that is not 1
     (`ddpm.standardise`).
     members: M independent networks in one, each weight with a leading dimension M. The B rows
@@ -27,20 +30,24 @@ class MLP(nn.Module):
     """
 
     def __init__(self, dim=2, width=128, layers=7, schedule=None, members=1,
-                 out=None, activation="relu", time=True):
+                 out=None, activation="relu", time=True, classes=0):
         super().__init__()
-        sizes = [dim + time] + [width] * (layers - 1) + [out or dim]
+        sizes = [dim + time + classes] + [width] * (layers - 1) + [out or dim]
         rows = [[nn.Linear(n_in, n_out) for _ in range(members)]
                 for n_in, n_out in zip(sizes, sizes[1:])]
         self.weights = nn.ParameterList(
             torch.stack([layer.weight.detach() for layer in row]) for row in rows)
         self.biases = nn.ParameterList(
             torch.stack([layer.bias.detach()[None] for layer in row]) for row in rows)
-        self.members = members
+        self.members, self.classes = members, classes
         self.schedule, self.activation, self.time = schedule, ACTIVATIONS[activation], time
 
-    def forward(self, z, t):
+    def forward(self, z, t, label=None):
         h = torch.cat([ddpm.standardise(z, t, self.schedule), t[:, None]], 1) if self.time else z
+        if self.classes:
+            label = torch.full_like(t, NULL) if label is None else label
+            one_hot = label[:, None] == torch.arange(self.classes, device=z.device)
+            h = torch.cat([h, one_hot.to(h)], 1)
         h = h.unflatten(0, (self.members, -1))                              # (M, B / M, dim + 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias, h, weight.mT)                           # (M, B / M, width)

@@ -10,6 +10,7 @@ import functools
 import torch
 
 import cache
+import guidance
 import kind_points
 import losses
 import run
@@ -88,15 +89,19 @@ def share_of_bound(config):
 
 
 @functools.cache
-def optimal_predictions(data, schedule, t_min, timesteps=None):
+def optimal_predictions(data, schedule, t_min, timesteps=None, labels=False):
     """x_hat and eps_hat of the exact denoiser at a run's test points, (POINTS, 2) each: made once for all targets.
 
-    Of a chain also Var[x | z].
+    Of a chain also Var[x | z]. labels: of the denoiser that knows the label of each point.
     """
     z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0,
                                timesteps=timesteps))
     mixture, schedule = DATASETS[data], SCHEDULES[schedule]
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if labels:
+        label = kind_points.pairs(dict(data=data))[1]
+        return cache.kept(lambda: [guidance.exact(mixture, target, schedule)(z, t, label) for target in ("x", "eps")],
+                          f"optimum of {data} with labels", *vars(mixture).values(), z, t, alpha, sigma, "labels")
 
     def compute():
         x_hat, score = mixture.denoise_and_score(z, alpha, sigma)
@@ -107,7 +112,7 @@ def optimal_predictions(data, schedule, t_min, timesteps=None):
 
 
 @functools.cache
-def optimal_errors(data, target, schedule, t_min, stabiliser, timesteps=None):
+def optimal_errors(data, target, schedule, t_min, stabiliser, timesteps=None, labels=False):
     """Squared error of the exact denoiser at the test points of a run, a mean over dimensions -> (POINTS,)."""
     config = dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser,
                   timesteps=timesteps)
@@ -115,7 +120,7 @@ def optimal_errors(data, target, schedule, t_min, stabiliser, timesteps=None):
     alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
     step = losses.step_of(losses.chain_of(config), t[:, None])
     a, b = targets.coefficients(target, alpha, sigma, stabiliser, step)
-    x_hat, eps_hat, *_ = optimal_predictions(data, schedule, t_min, timesteps)
+    x_hat, eps_hat, *_ = optimal_predictions(data, schedule, t_min, timesteps, labels)
     return losses.weighted_error(a * x_hat + b * eps_hat, y, torch.ones_like(t))
 
 
@@ -126,7 +131,7 @@ def optimum(config, weights):
     """
     if "points" in config:
         return [None] * weights.shape[1]
-    of = [config.get(key) for key in ("data", "target", "schedule", "t_min", "stabiliser", "timesteps")]
+    of = [config.get(key) for key in ("data", "target", "schedule", "t_min", "stabiliser", "timesteps", "labels")]
     found = (weights * optimal_errors(*of)[:, None]).mean(0)
     if config.get("timesteps"):
         variance = "best" if config["variance"] in variances.LEARNED else config["variance"]
@@ -170,7 +175,9 @@ def ready(configs, device):
     of_chain = [] if terms[0] is None else [
         stack.interleave(terms, 625).to(device),
         torch.stack([share_of_bound(config) for config in configs]).to(device), shared["variance"]]
-    return lambda model: test(model, *inputs, weights, *of_chain), optima
+    labels = [stack.interleave([kind_points.pairs(config)[1] for config in configs], 625).to(device)
+              ] if shared["labels"] else []
+    return lambda model: test(model, *inputs, weights, *of_chain, labels=labels), optima
 
 
 def ready_scores(configs, device):
@@ -194,15 +201,15 @@ def ready_scores(configs, device):
 
 
 @torch.no_grad()
-def test(model, z, t, y, weights, terms=None, shares=None, variance="small"):
+def test(model, z, t, y, weights, terms=None, shares=None, variance="small", labels=()):
     """Mean of weights times squared error for every network of a stack: weights (M, n, 3) -> (M, 3).
 
     z, t, y: batches from `stack.interleave` that together have all n points of every member. terms, of a chain: batches
-    of `test_terms`; shares (M, 3): how much of the bound there is in each mean.
+    of `test_terms`; shares (M, 3): how much of the bound there is in each mean. labels: [batches], of a run with them.
     """
     errors = [[], []]
     for i in range(len(t)):
-        prediction = model(z[i], t[i])
+        prediction = model(z[i], t[i], *(c[i] for c in labels))
         errors[0].append(losses.weighted_error(variances.split(prediction, y[i])[0], y[i], torch.ones_like(t[i])))
         if terms is not None:
             errors[1].append(variances.loss(prediction, y[i], torch.zeros_like(t[i]), terms[i], variance))

@@ -32,4 +32,6 @@ RECIPES = {
     "spaces": ([], ["rescaled", "simple", "v_space", "u_space", "s_space"]),
     "embedded": (["--width", "256", "--stack", "3"], ["rescaled", "simple", "v_space"]),
     "weightings": ([], ["nelbo", "sigmoid", "min_snr", "p2", "edm", "edm_monotonic"]),
+    # Poster: guidance
+    "labels": (["--labels"], ["mse"]),
 }

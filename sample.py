@@ -5,6 +5,7 @@
     python sample.py --sampler dpmpp --steps 16            # nearly as good with few evaluations
     python sample.py --schedule ve                         # another than that of training, see invariance.py
     python sample.py --movie                               # and samples.gif: from noise to data
+    python sample.py --label 3 --guidance 1                # of a run with labels, see guidance.py
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
 
 Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean,
@@ -56,6 +57,10 @@ def parse(argv):
                         help="of --sampler ancestral (the run's own, small unless it was trained on a chain)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
                         help="the steps divide [t_min, 1 - t_min] (that of training, at least 0.001)")
+    parser.add_argument("--label", type=settings.number(int, 0, 10**6), nargs="+",
+                        help="of a run with --labels: samples of each of these, of several in folders label-<label>")
+    parser.add_argument("--guidance", type=settings.number(float, 0, 1000),
+                        help="w of (1 + w) times the prediction with the label - w that without (0)")
     parser.add_argument("--num-samples", type=settings.number(int, 2, 10**7), help="(points: 10000, images: 64)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of the sampling noise (0)")
     parser.add_argument("--out", type=settings.folder,
@@ -95,6 +100,10 @@ def parse(argv):
             parser.error(f"--{name} is for --sampler {' or '.join(of)}, {args.sampler} has none")
     if args.movie and args.sampler == "langevin":
         parser.error("--movie shows samples from noise to data over t, and --sampler langevin has no t")
+    if args.guidance is not None and args.label is None:
+        parser.error("--guidance is towards a label: say which, --label 0")
+    if args.csv and len(args.label or ()) > 1:
+        parser.error("--csv is the table of one label - give each its own call")
     if args.sampler != "langevin":
         args.grid = args.grid or ("logsnr" if args.sampler == "annealed" else "t")
     args.how = {name: getattr(args, name) for name in (
@@ -104,12 +113,25 @@ def parse(argv):
     return args
 
 
+def of_label(one, label, w):
+    """A Run whose samples are guided towards a label. ValueError: it was trained without labels, or not with this."""
+    if not one.config.get("labels"):
+        raise ValueError("trained without labels - leave out --label, or train with --labels")
+    config = one.config | {"label": label, "guidance": w or 0.0}
+    one.kind.dataset(config)
+    return run.Run(one.folder, one.checkpoint | {"config": config})
+
+
 def main(argv=None):
     args = parse(argv)
     chosen = run.chosen(args.ckpt, args.out)
     run.of_images(args, IMAGES, chosen[0][0].config)
-    for one, _ in chosen:
+    labels = [[] for _ in args.label or ()]                # the same runs, of each label
+    for one, folder in chosen:
         try:
+            for label, runs in zip(args.label or (), labels):
+                runs.append((of_label(one, label, args.guidance),
+                             folder / f"label-{label}" if len(labels) > 1 else folder))
             variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
             invariance.check(one.config, args.under)
             if args.grid == "rescaled":
@@ -119,7 +141,8 @@ def main(argv=None):
         except ValueError as error:
             raise SystemExit(f"{one.folder}: {error}") from None
     try:
-        chosen[0][0].kind.sample(chosen, args, run.device(args.device))
+        for runs in labels or [chosen]:
+            runs[0][0].kind.sample(runs, args, run.device(args.device))
     except langevin.Diverged as error:
         raise SystemExit(f"{error}") from None
 

@@ -59,6 +59,8 @@ SETTINGS = [
             "0 is none (0, with denoising among them 0.1)", None, argument=dict(type=number(float, 0, 100))),
     Setting("energy", "the network's one output is an energy, the prediction of s or eps its gradient, see energy.py",
             False, argument=dict(action=argparse.BooleanOptionalAction)),
+    Setting("labels", "the network sees the label of each point, of one in ten none, see guidance.py", False,
+            argument=dict(action=argparse.BooleanOptionalAction)),
     Setting("activation", "relu, and silu where derivatives of the network are used", "relu",
             argument=dict(choices=mlp.ACTIVATIONS)),
     Setting("stabiliser", "d in the score target -sigma eps / (sigma^2 + d); the thesis's numbers: 0.01", 0.0, 0.0,
@@ -224,9 +226,10 @@ def alike(config):
     """Of a complete config what the runs of one stack must have in common: all but data, target, loss and seed.
 
     A loss of `score_matching.py` differentiates the network, and an energy its one target: there they are the same.
-    And so is the dimension of embedded points.
+    With labels so are the data, whose classes the network counts, and else the dimension of embedded points.
     """
     own = ["loss"] * (config.get("sigma") is not None) + ["target"] * bool(config.get("energy"))
+    own += ["data"] * bool(config.get("labels"))
     dim = DATASETS[config["data"]].dim if config["data"] in DATASETS else 2
     return ({key: value for key, value in config.items() if key not in NAMES or key in own}
             | ({"dimension": dim} if dim > 2 else {}))

@@ -40,10 +40,11 @@ def build_optimizer(model, config):
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 
-def build_step(model, optimizer, members, variance="small", loss="mse"):
+def build_step(model, optimizer, members, variance="small", loss="mse", labels=False):
     """One step of Adam as a function: z, t, y, w of M * B rows -> weighted errors (M * B,), norms of gradients (M,).
 
-    columns: of `variance.columns`, where the bound is in the loss. loss: of a score without t the objective of all.
+    columns: of `variance.columns`, where the bound is in the loss, or with labels those. loss: of a score without t the
+    objective of all.
     """
     parameters, objective = list(model.parameters()), score_matching.OBJECTIVES.get(loss)
 
@@ -51,7 +52,7 @@ def build_step(model, optimizer, members, variance="small", loss="mse"):
         if objective:
             errors = objective(lambda z: model(z, t), z, y)
         else:
-            prediction = model(z, t)
+            prediction, columns = (model(z, t, *columns), ()) if labels else (model(z, t), columns)
             errors = (variances.loss(prediction, y, w, *columns, variance) if columns
                       else losses.weighted_error(prediction, y, w))
         optimizer.zero_grad()
@@ -64,17 +65,18 @@ def build_step(model, optimizer, members, variance="small", loss="mse"):
     return step
 
 
-def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0, loss="mse"):
+def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0, loss="mse", labels=False):
     """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do.
 
     columns: how many it is given of `variance.columns`.
     """
-    step, device = build_step(model, optimizer, members, variance, loss), next(model.parameters()).device
+    step, device = build_step(model, optimizer, members, variance, loss, labels), next(model.parameters()).device
     if device.type != "cuda":
         return threads.shared(step, device)
     rows = members * batch_size
     z, t = torch.zeros(rows, dim, device=device), torch.full((rows,), 0.5, device=device)
     of_chain = [torch.ones(rows, columns, device=device)] if columns else []
+    of_chain += [torch.zeros(rows, dtype=torch.long, device=device)] * labels
     return stack.captured(step, model, optimizer, (z, t, z, t, *of_chain))
 
 
@@ -145,7 +147,8 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
                                    "param_groups": optimizer.state_dict()["param_groups"]})
     step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared),
-                      shared["variance"], batches.has_bound(configs) * optimum.columns(shared), shared["loss"])
+                      shared["variance"], batches.has_bound(configs) * optimum.columns(shared), shared["loss"],
+                      shared["labels"])
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
     on_ready()

@@ -1410,8 +1410,6 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "reproduce_vdm.py": ["weightings"], "plots_weightings.py": ["weightings"],
     "conflicts.py": ["weightings", "settings"], "datasets2d.py": ["datasets2d", "guidance"],
     **dict.fromkeys(("reproduce_guidance.py", "plots_guidance.py"), ["guidance"]),
-    "reproduce_beyond.py": ["reproduce"],
-    "conflicts.py": ["weightings", "settings"],
     "reproduce_beyond.py": ["reproduce"], "reproduce_theorems.py": ["theorems"], "plots_theorems.py": ["theorems"],
     "tables.py": ["movie", "likelihood"],
     **{f"reproduce_{name}.py": ["slides"] for name in ("slides", "scores", "modes", "frozen", "energies")},

@@ -239,6 +239,8 @@ def test_the_cells_of_the_table(small):
             f"{((real[:, 0].var() + real[:, 1].var()) / 2).sqrt():.3f}", f"{log_p(data, real, label=label).mean():.3f}"]
         assert by[name, "5", "flow"][-1] == "{:.3f}".format(metrics.sliced_wasserstein(
             reproduce_guidance.samples(name, 5, "flow", 1000), reproduce_guidance.tilted(name, 5)[1]))
+        assert by[name, "5", "flow"][0] == "{:.3f}".format(metrics.sliced_wasserstein(
+            reproduce_guidance.samples(name, 0, "flow", 1000), reproduce_guidance.tilted(name, 5)[1]))
         assert by[name, "5", "flow"][0] != by[name, "5", "flow"][1] != by[name, "5", "flow"][2]
 
 
@@ -249,11 +251,16 @@ def test_the_error_of_the_guided_score(small):
 
 
 def test_the_figure(small, tmp_path, monkeypatch):
-    drawn, original = {}, plots_guidance.planes
+    drawn, original, shades, contourf = {}, plots_guidance.planes, [], plots_guidance.plt.Axes.contourf
     monkeypatch.setattr(plots, "DPI", 30)
+    monkeypatch.setattr(plots_guidance.plt.Axes, "contourf", lambda ax, x, y, values, **options: (
+        shades.append((x, y, values)), contourf(ax, x, y, values, **options)))
     monkeypatch.setattr(plots_guidance, "planes", lambda panels, path: drawn.update(panels) or original(panels, path))
     reproduce_guidance.fig_plane(small, tmp_path / "plane.png")
     assert (tmp_path / "plane.png").stat().st_size > 5000 and len(drawn) == 8
     data, law, x = drawn["rings, SDE", "w = 2"]
     assert data is THIN["rings"] and torch.equal(x, reproduce_guidance.samples("rings", 2, "SDE", 1000))
     assert_close(law.probabilities, guidance.Tilted(data, 0, 2).probabilities)
+    axis, _, log_p = shades[-1]                            # rows are the second axis: the left ring, of which the
+    mass = (log_p - log_p.max()).exp()                     # left half is kept most, is no ring below
+    assert mass.sum(0) @ axis < -0.3 * mass.sum() and abs(mass.sum(1) @ axis) < 0.1 * mass.sum()

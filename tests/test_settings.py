@@ -68,7 +68,8 @@ def test_what_is_given_counts_for_its_kind_and_the_rest_are_its_defaults():
 def test_settings_of_the_other_kind_are_refused(capsys):
     for row in settings.SETTINGS:
         value = {"preset": ["thesis"], "precision": ["bf16"], "skip_corrupt": [], "compile": [], "flip": [],
-                 "ema": ["0.5"], "dropout": ["0.5"], "energy": [], "activation": ["silu"]}.get(row.name, ["8"])
+                 "ema": ["0.5"], "dropout": ["0.5"], "energy": [], "activation": ["silu"],
+                 "labels": []}.get(row.name, ["8"])
         option = f"--{row.name.replace('_', '-')}"
         if row.points is settings.ABSENT:
             exits_with_2([option, *value], f"{option} is a setting of images, not of points", capsys)
@@ -84,7 +85,7 @@ def test_a_config_has_the_settings_that_change_a_run():
     points, = settings.configs(train.parse([]))
     assert points.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
                              "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight", "sigma", "energy",
-                             "activation"}
+                             "activation", "labels"}
     images, = settings.configs(train.parse(["--data", "cifar10"]), shape=[3, 32, 32], flip=True, precision="bf16")
     assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                              "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",
