@@ -46,7 +46,9 @@ def parse(argv):
     parser.add_argument("--metropolis", action="store_true", default=None,
                         help="accept or reject the steps of --sampler langevin, of a run with --energy")
     parser.add_argument("--eta", type=settings.number(float, 0, 1),
-                        help="noise of --sampler ddim, 1 is that of ancestral (0)")
+                        help="noise of --sampler ddim, 1 is that of ancestral (0), and sde, 0 is euler (1)")
+    parser.add_argument("--churn", type=settings.number(float, 0, 10**6),
+                        help="noise of --sampler heun in all its steps together, S_churn of Karras et al. (0)")
     parser.add_argument("--variance", choices=[*VARIANCES, "none"],
                         help="of --sampler ancestral (the run's own, small unless it was trained on a chain)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
@@ -72,8 +74,6 @@ def parse(argv):
                        help="local file of pytorch-fid's weights (downloaded once)")
     group.add_argument("--data-dir", type=settings.folder, help="of FID: its data and statistics (data)")
     args = parser.parse_args(argv)
-    if args.eta is not None and args.sampler != "ddim":
-        parser.error(f"--eta is for --sampler ddim, {args.sampler} has none")
     if (args.variance or "none") != "none" and args.sampler != "ancestral":
         parser.error(f"--variance is for --sampler ancestral, {args.sampler} has none")
     if args.variance == "none" and args.sampler == "ancestral":
@@ -81,7 +81,8 @@ def parse(argv):
     if args.grid == "rescaled" and args.sampler in ("sde", "euler", "heun", "annealed"):
         parser.error(f"--grid rescaled is known at its own steps alone, and --sampler {args.sampler} needs its slope")
     for name, of in dict(grid=[*samplers.SAMPLERS], t_min=[*samplers.SAMPLERS], step_size=["langevin", "annealed"],
-                         metropolis=["langevin"], steps_per_level=["annealed"]).items():
+                         metropolis=["langevin"], steps_per_level=["annealed"], eta=["ddim", "sde"],
+                         churn=["heun"]).items():
         if getattr(args, name) is not None and args.sampler not in of:
             parser.error(f"--{name.replace('_', '-')} is for --sampler {' or '.join(of)}, {args.sampler} has none")
     if args.movie and args.sampler == "langevin":
@@ -89,7 +90,7 @@ def parse(argv):
     if args.sampler != "langevin":
         args.grid = args.grid or ("logsnr" if args.sampler == "annealed" else "t")
     args.how = {name: getattr(args, name) for name in (
-        "sampler", "grid", "eta", "variance", "step_size", "steps_per_level", "metropolis")
+        "sampler", "grid", "eta", "churn", "variance", "step_size", "steps_per_level", "metropolis")
         if getattr(args, name) is not None}
     args.in_words = ", ".join(f"{key} {value}" for key, value in args.how.items())
     return args
