@@ -15,6 +15,7 @@ import kind_points
 import likelihood
 import metrics
 import plots
+import reproduce_few
 import run
 import samplers
 import targets
@@ -211,10 +212,11 @@ RESULTS = {
     "trajectories": (trajectories, "paths of the probability flow ODE and score fields, of two networks and of "
                                    "the exact denoiser, the rings"),
     "steps":      (steps, "how many function evaluations each sampler needs"),
+    "few":        (reproduce_few.few, "v in 4 to 16 function evaluations, every sampler beside the exact denoiser"),
     "steps-covariance": (over_evaluations("covariance_distance"),
                          "covariance distance over function evaluations, every dataset, target and sampler, grid t"),
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
                           "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
                           "grid t"),
 }
-TABLES = "likelihood", "schedules", "steps"
+TABLES = "likelihood", "schedules", "steps", "few"

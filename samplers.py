@@ -2,9 +2,10 @@ r"""Samplers: from noise to data in so many evaluations of the network (VDM 3.7.
 
 Read `ddpm.py` and `targets.py` first. A sampler sees a network as a denoiser,
 (z, t) -> x_hat, eps_hat, so that it is written once for every target and schedule. It goes
-through a decreasing grid of times, and its last step is the same for all: to sigma = 0, without
-noise, that is to the x_hat of the last time. For the SDE and the probability flow ODE of the
-slides, f and g^2 are `drift` and `diffusion_sq` of the schedule, w is Brownian motion.
+through a decreasing grid of times (`grids.py`), and its last step is the same for all: to
+sigma = 0, without noise, that is to the x_hat of the last time. For the SDE and the probability
+flow ODE of the slides, f and g^2 are `drift` and `diffusion_sq` of the schedule, w is Brownian
+motion.
 
     ancestral  p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), the thesis's
     ddim       x_hat and eps_hat put together again at the next time, plus eta times the noise of
@@ -31,6 +32,7 @@ import langevin
 import multistep
 import targets
 import variance as variances
+from grids import GRIDS
 
 
 def ancestral(denoise, z, times, schedule, noise, variance="small", data=None):
@@ -130,29 +132,6 @@ def evaluations(sampler="ancestral", steps=512, steps_per_level=None, **how):
     """Evaluations that `sample` makes of so many `steps`: those of the last time are one."""
     each = steps_per_level or EVALUATIONS.get(sampler, 1)
     return (steps + each - 1) // each * each - (each - 1)
-
-
-def uniform_t(n, schedule, t_min, **like):
-    """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min].
-
-    i = n, ..., 1. The last time is one step above t_min, from where x_hat is the sample; the
-    other grids end at t_min itself. Of a chain it skips steps (Nichol and Dhariwal 2021, Eq. 19).
-    """
-    return t_min + (1 - 2 * t_min) * torch.arange(n, 0, -1, **like) / n
-
-
-def uniform_logsnr(n, schedule, t_min, **like):
-    """Equal steps of log-SNR from that of 1 - t_min to that of t_min."""
-    return schedule.t(torch.linspace(*schedule.ends(t_min), n, **like))
-
-
-def karras(n, schedule, t_min, rho=7, **like):
-    """Equal steps of (sigma / alpha)^(1 / rho), the same ends (Karras et al. 2022, Eq. 5)."""
-    first, last = (math.exp(-0.5 * logsnr / rho) for logsnr in schedule.ends(t_min))
-    return schedule.t(-2 * rho * torch.linspace(first, last, n, **like).log())
-
-
-GRIDS = {"t": uniform_t, "logsnr": uniform_logsnr, "karras": karras}
 
 
 def denoiser(model, target, schedule, stabiliser=0.0, clip=math.inf):
