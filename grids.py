@@ -61,8 +61,9 @@ OPTIMAL = {                              # parts of theta, of the rings and `uni
     6: [1, 0.827, 0.586, 0.330, 0.145, 0.091],
     8: [1, 0.887, 0.753, 0.577, 0.343, 0.195, 0.134, 0.094],
     10: [1, 0.912, 0.803, 0.655, 0.465, 0.272, 0.177, 0.128, 0.098, 0.053],
-    12: [1, 0.912, 0.803, 0.655, 0.465, 0.272, 0.177, 0.128, 0.098, 0.053, 0.03, 0.02],
-    16: [1, 0.95, 0.912, 0.803, 0.655, 0.56, 0.51, 0.465, 0.272, 0.177, 0.128, 0.098, 0.053, 0.03, 0.02, 0.01],
+    12: [1, 0.932, 0.857, 0.743, 0.586, 0.371, 0.221, 0.157, 0.127, 0.092, 0.061, 0.037],
+    16: [1, 0.945, 0.867, 0.784, 0.698, 0.611, 0.522, 0.431, 0.341, 0.261, 0.198, 0.141, 0.090, 0.053, 0.033,
+         0.010],
 }
 
 
@@ -70,7 +71,7 @@ def optimal(n, schedule, t_min, **like):
     """The row of OPTIMAL for the number nearest to n, interpolated where it is not n."""
     m = min(OPTIMAL, key=lambda m: abs(m - n))
     part = np.interp(np.arange(n, 0, -1) / n, np.arange(m + 1) / m, [0, *OPTIMAL[m][::-1]])
-    return at_angles(torch.tensor(part, **like), schedule, t_min)
+    return at_angles(torch.tensor(part.tolist(), **like), schedule, t_min)
 
 
 GRIDS = {"t": uniform_t, "logsnr": uniform_logsnr, "karras": karras, "angle": angle,
@@ -123,7 +124,7 @@ def main(argv=None):
     for name in FOUR:
         model = DATASETS[name].optimal_model("x", schedule)
         denoise = samplers.denoiser(model, "x", schedule)
-        z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0), **like)
+        z = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), **like)
         end = samplers.SAMPLERS["dpmpp"](denoise, z, uniform_t(512, schedule, 1e-3, **like), schedule, None)
         ends[name] = denoise, z, end
     part, _ = search(flow, n, *ends[args.data], schedule)

@@ -310,7 +310,7 @@ def test_the_grids(name):
                  schedule.t(-2 * (3 * (first**(1 / 3) + last**(1 / 3)).div(2).log())))
     for grid in samplers.GRIDS.values():
         assert_close(grid(1, **like), torch.tensor([1 - t_min], dtype=F64), rtol=0, atol=1e-9)
-        assert grid(4, schedule, t_min, dtype=torch.float32).dtype == torch.float32
+        assert grid(4, schedule, t_min, dtype=torch.float32).dtype == grid(4, schedule, t_min).dtype == torch.float32
 
 
 @every_sampler
