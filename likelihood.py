@@ -120,7 +120,7 @@ def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, prob
                              "make --tolerance larger, or leave it out")
         state = tensor(solution.y)
     else:
-        times = samplers.uniform_logsnr(steps + 1, schedule, t_min, dtype=torch.float64).tolist()[::-1]
+        times = samplers.GRIDS["logsnr"](steps + 1, schedule, t_min, dtype=torch.float64).tolist()[::-1]
         for t, later in zip(times, times[1:]):
             h = later - t
             a = slope(t, state)

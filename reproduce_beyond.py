@@ -15,6 +15,7 @@ import kind_points
 import likelihood
 import metrics
 import plots
+import reproduce_few
 import run
 import samplers
 import targets
@@ -26,6 +27,7 @@ FEW = [8, 16, 32]      # of them, where grids are compared
 COMPARED, SHORT = list(ddpm.SCHEDULES), 20
 EVERY = [name for name in targets.TARGETS if name not in targets.OF_A_STEP]
 SWEEPS = {"t": STEPS, "logsnr": STEPS[2:6], "karras": STEPS[2:6]}    # evaluations; above 64 grids matter little
+SAMPLERS = "ancestral", "ddim", "sde", "euler", "heun", "dpmpp"       # of multistep.py the rest is in reproduce_few.py
 TWO = "covariance_distance", "sliced_wasserstein"
 # What networks were trained with, as the table calls it: recipe of study.py, loss, title
 TRAINED_WITH = [("stabilised", "mse", "`mse`"), ("stabilised", "nelbo_stable", "`nelbo_stable`"),
@@ -78,7 +80,7 @@ def likelihoods(study):
 def swept(study):
     """Samples of the runs with the weighted loss -> {(sampler, grid, evaluations): {(data, target): [metrics]}}."""
     runs, results = study.trained("stabilised", ["mse"]), {}
-    for (grid, numbers), sampler in itertools.product(SWEEPS.items(), samplers.SAMPLERS):
+    for (grid, numbers), sampler in itertools.product(SWEEPS.items(), SAMPLERS):
         for n in numbers:
             by_run = study.sampled(runs, n, sampler, grid)
             results[sampler, grid, n] = {
@@ -116,13 +118,13 @@ def steps(study):
         lines = []
         for key in itertools.product(FOUR, TARGETS):
             line = list(key)
-            for sampler in samplers.SAMPLERS:
+            for sampler in SAMPLERS:
                 first = [next((str(n) for n in numbers if at_floor(results[sampler, grid, n][key], name)), "-")
                          for name in TWO]
                 line.append(" / ".join(first))
             lines.append(line)
         text += [f"**Evaluations until the floor, grid `{grid}`**, of {', '.join(map(str, numbers))}: covariance "
-                 "distance / sliced Wasserstein distance", ""] + rows(["data", "target", *samplers.SAMPLERS], lines)
+                 "distance / sliced Wasserstein distance", ""] + rows(["data", "target", *SAMPLERS], lines)
 
     lines = []
     for name in FOUR:
@@ -144,10 +146,10 @@ def steps(study):
     n, lines = SWEEPS["logsnr"][-1], []
     for key in itertools.product(FOUR, TARGETS):
         lines.append([*key, *(cell([r[TWO[1]] for r in results[sampler, "logsnr", n][key]])
-                              for sampler in samplers.SAMPLERS),
+                              for sampler in SAMPLERS),
                       floor(results["ancestral", "logsnr", n][key][0], TWO[1])])
     text += [f"**Every sampler on grid `logsnr`, {n} evaluations**: sliced Wasserstein distance", ""]
-    text += rows(["data", "target", *samplers.SAMPLERS, "floor"], lines)
+    text += rows(["data", "target", *SAMPLERS, "floor"], lines)
     return text + [f"Networks with `mse`, t in [1e-6, 1 - 1e-6], d = 0.01, {args.epochs} epochs, {args.seeds} seeds. "
                    f"{args.num_samples:,} samples against 50,000 points of the data; mean +- standard deviation over "
                    "the seeds. At the floor is a mean over the seeds of at most the floor plus two standard errors of "
@@ -210,10 +212,11 @@ RESULTS = {
     "trajectories": (trajectories, "paths of the probability flow ODE and score fields, of two networks and of "
                                    "the exact denoiser, the rings"),
     "steps":      (steps, "how many function evaluations each sampler needs"),
+    "few":        (reproduce_few.few, "v in 4 to 16 function evaluations, every sampler beside the exact denoiser"),
     "steps-covariance": (over_evaluations("covariance_distance"),
                          "covariance distance over function evaluations, every dataset, target and sampler, grid t"),
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
                           "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
                           "grid t"),
 }
-TABLES = "likelihood", "schedules", "steps"
+TABLES = "likelihood", "schedules", "steps", "few"

@@ -42,8 +42,8 @@ def parse(argv):
     parser.add_argument("--sampler", choices=[*samplers.SAMPLERS, "langevin"], default="ancestral",
                         help="langevin is for runs of --loss exact, sliced or denoising (ancestral)")
     parser.add_argument("--grid", choices=[*samplers.GRIDS, "rescaled"],
-                        help="what the steps are equal in: t, log-SNR, or Karras's; betas of ddpm, rescaled "
-                        "(t, of annealed logsnr)")
+                        help="what the steps are equal in: t, log-SNR, Karras's, angle; optimal, for unipc in 4 to 16; "
+                        "betas of ddpm, rescaled (t, of annealed logsnr)")
     parser.add_argument("--schedule", dest="under", choices=SCHEDULES,
                         help="another than that of training, with the same end log-SNRs (its own)")
     parser.add_argument("--step-size", type=settings.number(float, 1e-12, 1e6),
@@ -52,7 +52,9 @@ def parse(argv):
     parser.add_argument("--metropolis", action="store_true", default=None,
                         help="accept or reject the steps of --sampler langevin, of a run with --energy")
     parser.add_argument("--eta", type=settings.number(float, 0, 1),
-                        help="noise of --sampler ddim, 1 is that of ancestral (0)")
+                        help="noise of --sampler ddim, 1 is that of ancestral (0), and sde, 0 is euler (1)")
+    parser.add_argument("--churn", type=settings.number(float, 0, 10**6),
+                        help="noise of --sampler heun in all its steps together, S_churn of Karras et al. (0)")
     parser.add_argument("--variance", choices=[*VARIANCES, "none"],
                         help="of --sampler ancestral (the run's own, small unless it was trained on a chain)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
@@ -82,8 +84,6 @@ def parse(argv):
                        help="local file of pytorch-fid's weights (downloaded once)")
     group.add_argument("--data-dir", type=settings.folder, help="of FID: its data and statistics (data)")
     args = parser.parse_args(argv)
-    if args.eta is not None and args.sampler != "ddim":
-        parser.error(f"--eta is for --sampler ddim, {args.sampler} has none")
     if (args.variance or "none") != "none" and args.sampler != "ancestral":
         parser.error(f"--variance is for --sampler ancestral, {args.sampler} has none")
     if args.variance == "none" and args.sampler == "ancestral":
@@ -93,8 +93,8 @@ def parse(argv):
     if args.grid == "rescaled" and args.under:
         parser.error("--grid rescaled is a chain of its own - leave out --schedule")
     for name, of in dict(grid=[*samplers.SAMPLERS], t_min=[*samplers.SAMPLERS], under=[*samplers.SAMPLERS],
-                         step_size=["langevin", "annealed"],
-                         metropolis=["langevin"], steps_per_level=["annealed"]).items():
+                         step_size=["langevin", "annealed"], metropolis=["langevin"], steps_per_level=["annealed"],
+                         eta=["ddim", "sde"], churn=["heun"]).items():
         if getattr(args, name) is not None and args.sampler not in of:
             name = "schedule" if name == "under" else name.replace("_", "-")
             parser.error(f"--{name} is for --sampler {' or '.join(of)}, {args.sampler} has none")
@@ -107,7 +107,7 @@ def parse(argv):
     if args.sampler != "langevin":
         args.grid = args.grid or ("logsnr" if args.sampler == "annealed" else "t")
     args.how = {name: getattr(args, name) for name in (
-        "sampler", "grid", "under", "eta", "variance", "step_size", "steps_per_level", "metropolis")
+        "sampler", "grid", "under", "eta", "churn", "variance", "step_size", "steps_per_level", "metropolis")
         if getattr(args, name) is not None}
     args.in_words = ", ".join(f"{key} {value}" for key, value in args.how.items())
     return args

@@ -2,18 +2,20 @@ r"""Samplers: from noise to data in so many evaluations of the network (VDM 3.7.
 
 Read `ddpm.py` and `targets.py` first. A sampler sees a network as a denoiser,
 (z, t) -> x_hat, eps_hat, so that it is written once for every target and schedule. It goes
-through a decreasing grid of times, and its last step is the same for all: to sigma = 0, without
-noise, that is to the x_hat of the last time. For the SDE and the probability flow ODE of the
-slides, f and g^2 are `drift` and `diffusion_sq` of the schedule, w is Brownian motion.
+through a decreasing grid of times (`grids.py`), and its last step is the same for all: to
+sigma = 0, without noise, that is to the x_hat of the last time. For the SDE and the probability
+flow ODE of the slides, f and g^2 are `drift` and `diffusion_sq` of the schedule, w is Brownian
+motion.
 
     ancestral  p(z_s | z_t) = q(z_s | z_t, x = x_hat), Eq. (3.12), the thesis's
     ddim       x_hat and eps_hat put together again at the next time, plus eta times the noise of
                `ancestral`
     sde        Euler-Maruyama on the reverse SDE        dz = (f z - g^2 score) dt + g dw
+               or, with eta < 1 of its noise            dz = (f z - (1 + eta^2) / 2 g^2 score) dt
+                                                             + eta g dw
     euler      Euler on the probability flow ODE        dz = (f z - g^2 score / 2) dt
-    heun       Heun on it, second order, two evaluations a step
-    dpmpp      DPM-Solver++(2M): x_hat extrapolated to the middle of the step in log-SNR, with it
-               that ODE solved exactly
+    heun       Heun on it, second order, two evaluations a step; churn adds noise and goes back
+    dpmpp ...  those that remember earlier evaluations are in `multistep.py`
     annealed   Langevin dynamics at every noise level, ten steps each (Song and Ermon 2019)
 
 Not here: guidance (`guidance.py`); the likelihood that goes with the ODE (`likelihood.py`).
@@ -27,8 +29,10 @@ import torch
 import ddpm
 import discrete
 import langevin
+import multistep
 import targets
 import variance as variances
+from grids import GRIDS
 
 
 def ancestral(denoise, z, times, schedule, noise, variance="small", data=None):
@@ -55,16 +59,17 @@ def ddim(denoise, z, times, schedule, noise, eta=0.0):
     return denoise(z, times[-1])[0]
 
 
-def sde(denoise, z, times, schedule, noise):
+def sde(denoise, z, times, schedule, noise, eta=1.0):
     """Euler-Maruyama on the reverse SDE (Anderson 1982; Song et al. 2021, Eq. 6).
 
-    The score is -eps_hat / sigma.
+    eta = 0 is `euler`; z_t has the same density for every eta (slides). The score is
+    -eps_hat / sigma.
     """
     for t, s in zip(times, times[1:]):
         _, eps_hat = denoise(z, t)
         g_sq = schedule.diffusion_sq(t)
-        dz_dt = schedule.drift(t) * z + g_sq / schedule.sigma(t) * eps_hat
-        z = z + dz_dt * (s - t) + (g_sq * (t - s)).sqrt() * noise()
+        dz_dt = schedule.drift(t) * z + (1 + eta**2) / 2 * g_sq / schedule.sigma(t) * eps_hat
+        z = z + dz_dt * (s - t) + eta * (g_sq * (t - s)).sqrt() * noise()
     return denoise(z, times[-1])[0]
 
 
@@ -83,30 +88,22 @@ def euler(denoise, z, times, schedule, noise):
     return denoise(z, times[-1])[0]
 
 
-def heun(denoise, z, times, schedule, noise):
+def heun(denoise, z, times, schedule, noise, churn=0.0):
     """Heun's method on the probability flow ODE, in t (Karras et al. 2022, Alg. 1).
 
-    The slope of a step is the mean of those at both its ends.
+    The slope of a step is the mean of those at both its ends. churn: their S_churn (Alg. 2), noise
+    that takes every step back to a sigma / alpha 1 + gamma times as large, at most the first.
     """
+    gamma = min(churn / len(times), 2**0.5 - 1)
     for t, s in zip(times, times[1:]):
+        if gamma:
+            back = schedule.t(schedule.logsnr(t) - 2 * math.log1p(gamma)).clamp(max=times[0])
+            z = (ddpm.alpha_ts(t, back, schedule) * z
+                 + ddpm.var_ts(t, back, schedule).sqrt() * noise())
+            t = back
         slope = flow(z, denoise(z, t)[1], t, schedule)
         ahead = z + slope * (s - t)
         z = z + (slope + flow(ahead, denoise(ahead, s)[1], s, schedule)) / 2 * (s - t)
-    return denoise(z, times[-1])[0]
-
-
-def dpmpp(denoise, z, times, schedule, noise):
-    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2). Their lambda = log(alpha / sigma) = logsnr / 2."""
-    previous = None
-    for t, s in zip(times, times[1:]):
-        x_hat, _ = denoise(z, t)
-        h, ahead = (schedule.logsnr(s) - schedule.logsnr(t)) / 2, x_hat
-        if previous:
-            x_before, h_before = previous
-            ahead = x_hat + h / (2 * h_before) * (x_hat - x_before)         # r = h_before / h
-        z = schedule.sigma(s) / schedule.sigma(t) * z - schedule.alpha(s) * torch.expm1(-h) * ahead
-        if h > 0:              # in float32 neighbouring times near the ends can be the same
-            previous = x_hat, h
     return denoise(z, times[-1])[0]
 
 
@@ -126,8 +123,8 @@ def annealed(denoise, z, times, schedule, noise, step_size=0.1, steps_per_level=
     return denoise(last * x, times[-1])[0]
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde,
-            "euler": euler, "heun": heun, "dpmpp": dpmpp, "annealed": annealed}
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "sde": sde, "euler": euler, "heun": heun,
+            **multistep.MULTISTEP, "annealed": annealed}
 EVALUATIONS = {"heun": 2, "annealed": 10}  # of the network at every time but the last, else 1
 
 
@@ -135,29 +132,6 @@ def evaluations(sampler="ancestral", steps=512, steps_per_level=None, **how):
     """Evaluations that `sample` makes of so many `steps`: those of the last time are one."""
     each = steps_per_level or EVALUATIONS.get(sampler, 1)
     return (steps + each - 1) // each * each - (each - 1)
-
-
-def uniform_t(n, schedule, t_min, **like):
-    """t_i = t_min + (1 - 2 t_min) i / n, the thesis's i / T squeezed into [t_min, 1 - t_min].
-
-    i = n, ..., 1. The last time is one step above t_min, from where x_hat is the sample; the
-    other grids end at t_min itself. Of a chain it skips steps (Nichol and Dhariwal 2021, Eq. 19).
-    """
-    return t_min + (1 - 2 * t_min) * torch.arange(n, 0, -1, **like) / n
-
-
-def uniform_logsnr(n, schedule, t_min, **like):
-    """Equal steps of log-SNR from that of 1 - t_min to that of t_min."""
-    return schedule.t(torch.linspace(*schedule.ends(t_min), n, **like))
-
-
-def karras(n, schedule, t_min, rho=7, **like):
-    """Equal steps of (sigma / alpha)^(1 / rho), the same ends (Karras et al. 2022, Eq. 5)."""
-    first, last = (math.exp(-0.5 * logsnr / rho) for logsnr in schedule.ends(t_min))
-    return schedule.t(-2 * rho * torch.linspace(first, last, n, **like).log())
-
-
-GRIDS = {"t": uniform_t, "logsnr": uniform_logsnr, "karras": karras}
 
 
 def denoiser(model, target, schedule, stabiliser=0.0, clip=math.inf):
@@ -189,11 +163,11 @@ def sample(model, shape, steps, *, target, schedule, sampler="ancestral", grid="
     `target`, with z (B, ...) and the true time t (B,), however few the steps. The first z has the
     variance that standardised data have at 1 - t_min, alpha^2 + sigma^2. Draws on the generator's
     device. clip: every x_hat is kept in [-clip, clip], the range of images (Ho et al. 2020).
-    options: eta of `ddim`, variance and data (for `best`) of `ancestral`, step_size and
-    steps_per_level of `annealed`, which is made for the grid logsnr. For a stack of M models
-    `target` is a list of M names: all get the same draws, and it returns (M * B, ...). Raises
-    ValueError if steps < 1, and for an unknown sampler or grid; grid may also be rescaled: the
-    chain of `discrete.rescaled`, which has its own.
+    options: eta of `ddim` and `sde`, churn of `heun`, variance and data (for `best`) of
+    `ancestral`, step_size and steps_per_level of `annealed`, which is made for the grid logsnr. For
+    a stack of M models `target` is a list of M names: all get the same draws, and it returns
+    (M * B, ...). Raises ValueError if steps < 1, and for an unknown sampler or grid; grid may also
+    be rescaled: the chain of `discrete.rescaled`, which has its own.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -226,3 +200,11 @@ if __name__ == "__main__":
                                     sampler=name, grid=grid)                # noqa: B023
             print(f"{name:10s} {grid:7s}" + " ".join(
                 f"{metrics.covariance_distance(draw(n), real):6.3f}" for n in numbers))
+    eps_model = data.optimal_model("eps", schedule)
+    print("a network with an error, eps_hat + 0.1 sin 3z: mean log-density, sde in 256 evaluations,"
+          " grid logsnr")
+    for eta in 0, 0.25, 0.5, 1:
+        x = sample(lambda z, t: eps_model(z, t) + 0.1 * torch.sin(3 * z), (10_000, 2), 256,
+                   target="eps", schedule=schedule, sampler="sde", grid="logsnr", eta=eta)
+        print(f"eta {eta:4g} {metrics.log_density(data, x):7.3f}")
+    print(f"the data {metrics.log_density(data, real):7.3f}")

@@ -19,6 +19,7 @@ import optimum
 import plots
 import reproduce
 import reproduce_beyond
+import reproduce_few
 import reproduce_thesis
 import run
 import samplers
@@ -53,7 +54,11 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_beyond, "FEW", [16])
     patch.setattr(reproduce_beyond, "COMPARED", ["flow", "edm"])
     patch.setattr(reproduce_beyond, "EVERY", ["u", "F"])
-    patch.setattr(samplers, "SAMPLERS", {name: samplers.SAMPLERS[name] for name in ("ancestral", "dpmpp")})
+    patch.setattr(reproduce_beyond, "SAMPLERS", ("ancestral", "dpmpp"))
+    patch.setattr(reproduce_few, "SAMPLERS", ["unipc"])
+    patch.setattr(reproduce_few, "NUMBERS", [16])
+    patch.setattr(reproduce_few, "SLOW", ("ancestral", "t", 16))
+    patch.setattr(reproduce_few, "WAYS", [("unipc", "t", 16), ("unipc", "optimal", 16), ("ancestral", "t", 16)])
     patch.setattr(study_file, "DRAWS", 4)
     patch.setattr(reproduce_beyond, "DRAWS", 4)
     patch.setattr(study_file, "ODE_STEPS", 3)
@@ -190,7 +195,7 @@ def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path,
     call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
                                         "--device", "cpu", "--recorded", "--runs", str(tmp_path / "none"),
                                         "--out", str(tmp_path / "results")])
-    for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"):
+    for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"), ("beyond", "few"):
         call(name)
         old, new = ((root / "results" / document / f"{name}.md").read_text().splitlines()
                     for root in (folder, tmp_path))
@@ -350,6 +355,37 @@ def test_the_evaluations_of_a_curve_are_those_of_the_network():
         assert len(calls) == samplers.evaluations(sampler, 8), sampler
 
 
+def test_the_table_of_few_evaluations(study):
+    """Networks from their metrics.json, the exact denoiser drawn here; the count of sets at the floor from both."""
+    folder, _, _ = study
+    lines = [line.strip("| ").split(" | ") for line in
+             (folder / "results/beyond/few.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line[:2] for line in lines[2:4]] == [["unipc", "t"], ["unipc", "optimal"]]
+    near, data = [0, 0], iter(["clusters", "rings", "swiss_roll", "waves"])
+    for line in lines[4:]:
+        if line[0] == "evaluations":
+            name = next(data)
+        if line[1] not in ("unipc, optimal",):
+            continue
+        found = [metrics_of(folder, name, "v", "steps-16-2000-unipc-optimal")]
+        slow = [metrics_of(folder, name, "v", "steps-16-2000")]
+        for which in found, slow:
+            which.append([kind_points.measure(dict(data=name), samplers.sample(
+                DATASETS[name].optimal_model("v", COSINE), (2000, 2), 16, target="v", schedule=COSINE,
+                generator=run.generator("cpu", seed, "sample"),
+                **dict(sampler="unipc", grid="optimal") if which is found else {})) for seed in (0, 1)])
+        distances = "mean_distance", "covariance_distance", "sliced_wasserstein"
+        gap = lambda measured: sum(m["log_density"] - m["log_density_data"] for m in measured) / 2
+        for i, measured in enumerate(found):
+            assert [line[2 + 2 * d + i] for d in range(3)] == [expected_cell([m[key] for m in measured])
+                                                               for key in distances]
+            assert line[8 + i] == expected_cell([m["log_density"] - m["log_density_data"] for m in measured])
+            near[i] += abs(gap(measured) - gap(slow[i])) <= 0.05 and all(
+                sum(m[key] for m in measured) / 2 <= measured[0][f"{key}_floor"]["mean"]
+                + 2 * measured[0][f"{key}_floor"]["std"] for key in distances)
+    assert lines[3][2] == "{} / {}".format(*near) and near[0] < near[1]
+
+
 def test_the_table_of_likelihoods(study):
     folder, _, _ = study
     text = (folder / "results/beyond/likelihood.md").read_text()
@@ -427,7 +463,7 @@ def test_samples_that_are_not_finite_are_said_to_be_and_stop_no_table(study, mon
 def test_every_figure_is_drawn_and_indexed(study):
     folder, drawn, _ = study
     assert drawn.keys() == FIGURES.keys() == reproduce.RESULTS.keys() - {
-        "table4.1", "table4.2", "steps", "likelihood", "schedules"}
+        "table4.1", "table4.2", "steps", "likelihood", "schedules", "few"}
     for document, module in list(reproduce.DOCUMENTS.items())[:2]:           # the third: test_foundations.py
         index = (folder / "results" / document / "index.md").read_text()
         names = module.RESULTS.keys() - {"table4.2"}

@@ -109,7 +109,7 @@ TRAIN_IMAGES = ["image-size", "channels", "channel-mult", "layers", "mid-blocks"
                 "clip-norm", "minutes", "test-every", "grid-every"]
 NUMBERS = [
     (train.main, [], TRAIN_POINTS), (train.main, ["--data", "dots"], TRAIN_IMAGES),
-    (sample.main, ["--ckpt", POINTS], ["steps", "eta", "t-min", "num-samples", "seed", "batch-size"]),
+    (sample.main, ["--ckpt", POINTS], ["steps", "eta", "churn", "t-min", "num-samples", "seed", "batch-size"]),
     (likelihood.main, ["--ckpt", POINTS], ["num", "t-min", "seed", "batch-size", "draws", "steps", "num-ode",
                                            "ode-steps", "tolerance", "probes"]),
     (images.main, ["dots"], ["image-size"]), (metrics.main, ["dots", "mixed"], ["dims"])]

@@ -202,7 +202,8 @@ def test_sampler_and_grid_reach_the_samples_and_the_record(trained, tmp_path, ca
     model = kind_points.build_model(run.load(trained)["config"])
     model.load_state_dict(run.load(trained)["model"])
     for arguments, how in (["--sampler", "dpmpp", "--grid", "karras"], dict(sampler="dpmpp", grid="karras")), \
-                          (["--sampler", "ddim", "--eta", "0.5"], dict(sampler="ddim", grid="t", eta=0.5)):
+                          (["--sampler", "ddim", "--eta", "0.5"], dict(sampler="ddim", grid="t", eta=0.5)), \
+                          (["--sampler", "heun", "--churn", "2"], dict(sampler="heun", grid="t", churn=2.0)):
         draw(trained, "--steps", "4", "--num-samples", "20", "--out", str(tmp_path), *arguments)
         expected = samplers.sample(model, (20, 2), 4, target="v", schedule=ddpm.SCHEDULES["cosine"],
                                    generator=run.generator("cpu", 0, "sample"), **how)
@@ -216,7 +217,8 @@ def test_sampler_and_grid_reach_the_samples_and_the_record(trained, tmp_path, ca
 @pytest.mark.parametrize("arguments, message", [
     (["--sampler", "plms"], "invalid choice: 'plms' .choose from .*ancestral"),
     (["--grid", "x"], "invalid choice: 'x'"), (["--eta", "2"], "must be in"),
-    (["--eta", "0.5"], "--eta is for --sampler ddim, ancestral has none")])
+    (["--eta", "0.5"], "--eta is for --sampler ddim or sde, ancestral has none"),
+    (["--sampler", "dpmpp", "--churn", "1"], "--churn is for --sampler heun, dpmpp has none")])
 def test_a_wrong_sampler_exits_with_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(arguments)

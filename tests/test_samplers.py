@@ -8,14 +8,17 @@ import torch
 from test_ddpm import alpha_sigma, every_schedule
 from torch.testing import assert_close
 
+import grids
 import metrics
+import multistep
 import samplers
 from datasets2d import DATASETS, GaussianMixture, rings, standardised, swiss_roll, waves
 from ddpm import SCHEDULES
 
 F64 = torch.float64
 every_sampler = pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-OF_STEPS = [name for name in samplers.SAMPLERS if name != "annealed"]      # that one: test_scores.py
+OTHERS = {*multistep.MULTISTEP, "annealed"} - {"dpmpp"}                     # test_multistep.py, test_scores.py
+OF_STEPS = [name for name in samplers.SAMPLERS if name not in OTHERS]
 
 
 def gaussian_model(c, name):
@@ -100,8 +103,8 @@ def derivatives(name, t):
 
 
 @every_schedule
-@pytest.mark.parametrize("grid", samplers.GRIDS)
-@pytest.mark.parametrize("sampler, eta", [*((name, None) for name in OF_STEPS), ("ddim", 0.4)])
+@pytest.mark.parametrize("grid", ["t", "logsnr", "karras"])
+@pytest.mark.parametrize("sampler, eta", [*((name, None) for name in OF_STEPS), ("ddim", 0.4), ("sde", 0.4)])
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_gaussian_data_follow_the_recursion_of_the_sampler(name, grid, sampler, eta, n):
     """With x_hat = k z every step is z_s = G z + noise: path and variance from G, typed without the code's formulas."""
@@ -129,7 +132,9 @@ def test_gaussian_data_follow_the_recursion_of_the_sampler(name, grid, sampler, 
             extra = (eta or 0)**2 * posterior_var
             gain = alpha[j] * k[i] + (sigma[j]**2 - extra).sqrt() * e[i]
         elif sampler == "sde":
-            gain, extra = 1 + (drift[i] + g_sq[i] * e[i] / sigma[i]) * step, -g_sq[i] * step
+            k_sq = 1 if eta is None else eta**2
+            gain = 1 + (drift[i] + (1 + k_sq) / 2 * g_sq[i] * e[i] / sigma[i]) * step
+            extra = -k_sq * g_sq[i] * step
         elif sampler == "euler":
             gain = 1 + slope[i] * step
         elif sampler == "heun":
@@ -155,6 +160,59 @@ def test_gaussian_data_follow_the_recursion_of_the_sampler(name, grid, sampler, 
                             sampler=sampler, grid=grid, t_min=t_min, generator=seed(), dtype=F64, **options)
     assert_close(found, k[-1] * z, rtol=1e-5, atol=1e-6 * found.abs().max().item())
     assert_close(found.var().item(), (k[-1]**2 * var).item(), rtol=0.05, atol=0)
+
+
+@every_schedule
+@pytest.mark.parametrize("churn", [0.6, 100])
+def test_heun_with_churn_on_gaussian_data(name, churn):
+    """Karras et al. 2022, Alg. 2, in z / alpha: noise up to level (1 + gamma) times the old, but at most the first."""
+    c, t_min, n, schedule = 0.6, 0.01, 4, SCHEDULES[name]
+    gamma, g = min(churn / n, math.sqrt(2) - 1), torch.Generator().manual_seed(3)
+    noise = lambda: torch.randn(20_000, 1, generator=g, dtype=F64)
+    times = samplers.GRIDS["logsnr"](n, schedule, t_min, dtype=F64)
+    at = lambda t: [value.item() for value in (*alpha_sigma(name, t[None]), *derivatives(name, t[None]))]
+    slope = lambda t: (lambda a, s, da, ds: (da * a * c**2 + ds * s) / (a**2 * c**2 + s**2))(*at(t))
+    alpha, sigma, *_ = at(times[0])
+    z, var, first = math.hypot(alpha, sigma) * noise(), alpha**2 + sigma**2, sigma / alpha
+    for i in range(n - 1):
+        alpha, sigma, *_ = at(times[i])
+        level = min((1 + gamma) * sigma / alpha, first)
+        back = schedule.t(torch.tensor(-2 * math.log(level), dtype=F64))
+        up, added = at(back)[0] / alpha, (at(back)[0]**2 * (level**2 - (sigma / alpha)**2))
+        z, var = up * z + max(added, 0)**0.5 * noise(), up**2 * var + max(added, 0)
+        h = (times[i + 1] - back).item()
+        gain = 1 + h / 2 * (slope(back) + slope(times[i + 1]) * (1 + h * slope(back)))
+        z, var = gain * z, gain**2 * var
+    alpha, sigma, *_ = at(times[-1])
+    k = alpha * c**2 / (alpha**2 * c**2 + sigma**2)
+    found = samplers.sample(gaussian_model(c, name), (20_000, 1), 2 * n - 1, target="x", schedule=schedule,
+                            sampler="heun", grid="logsnr", t_min=t_min, generator=torch.Generator().manual_seed(3),
+                            dtype=F64, churn=churn)
+    assert_close(found, k * z, rtol=1e-4, atol=1e-5 * found.abs().max().item())
+    assert_close(found.var().item(), k**2 * var, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_every_eta_of_the_sde_has_the_same_marginals(eta):
+    """On N(0, 0.6^2), in 400 steps; without noise it is `euler`."""
+    draw = lambda sampler, **how: samplers.sample(
+        gaussian_model(0.6, "cosine"), (20_000, 1), 400, target="x", schedule=SCHEDULES["cosine"], sampler=sampler,
+        generator=torch.Generator().manual_seed(3), dtype=F64, **how)
+    found = draw("sde", eta=eta)
+    assert_close(found.std().item(), 0.6, rtol=0.02, atol=0)
+    if eta == 0:
+        assert_close(found, draw("euler"))
+
+
+def test_noise_corrects_what_an_error_of_the_network_does():
+    """Slides: a flow has no stochastic error correction. eps_hat + 0.1 sin 3z, exact otherwise: density of samples."""
+    data, schedule = DATASETS["clusters"], SCHEDULES["cosine"]
+    exact_eps = data.optimal_model("eps", schedule)
+    density = lambda eta: data.log_prob(samplers.sample(
+        lambda z, t: exact_eps(z, t) + 0.1 * torch.sin(3 * z), (4000, 2), 128, target="eps", schedule=schedule,
+        sampler="sde", grid="logsnr", generator=torch.Generator().manual_seed(3), eta=eta)).mean().item()
+    flow, quarter, reverse = map(density, (0.0, 0.25, 1.0))
+    assert flow + 1 < quarter < reverse - 0.2
 
 
 def exact(sampler, n, data="clusters", target="v", count=60, **options):
@@ -222,7 +280,7 @@ COARSE = {"clusters": DATASETS["clusters"], "rings": standardised(*rings(100)),
 
 
 @pytest.mark.parametrize("data", COARSE)
-@pytest.mark.parametrize("sampler", [name for name in OF_STEPS if name != "ancestral"])
+@pytest.mark.parametrize("sampler", [*{*OF_STEPS, *multistep.MULTISTEP} - {"ancestral"}])
 def test_every_sampler_converges_to_the_floor(sampler, data):
     """That of `ancestral`, with more samples, is in test_datasets2d.py."""
     schedule, g = SCHEDULES["cosine"], torch.Generator().manual_seed(5)
@@ -248,11 +306,11 @@ def test_the_grids(name):
     assert_close((sigma / alpha).log()[2:2 + n], first.log() + i / (n - 1) * (last / first).log(), rtol=1e-6, atol=1e-7)
     expected = (first**(1 / 7) + i / (n - 1) * (last**(1 / 7) - first**(1 / 7)))**7
     assert_close((sigma / alpha)[2 + n:], expected, rtol=1e-6, atol=1e-9)
-    assert_close(samplers.karras(3, rho=3, **like)[1],
+    assert_close(grids.karras(3, rho=3, **like)[1],
                  schedule.t(-2 * (3 * (first**(1 / 3) + last**(1 / 3)).div(2).log())))
     for grid in samplers.GRIDS.values():
         assert_close(grid(1, **like), torch.tensor([1 - t_min], dtype=F64), rtol=0, atol=1e-9)
-        assert grid(4, schedule, t_min, dtype=torch.float32).dtype == torch.float32
+        assert grid(4, schedule, t_min, dtype=torch.float32).dtype == grid(4, schedule, t_min).dtype == torch.float32
 
 
 @every_sampler
