@@ -37,8 +37,9 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_few, "FOUR", SETS)
     patch.setattr(reproduce_few, "SAMPLERS", ["unipc"])
     patch.setattr(reproduce_few, "NUMBERS", [16])
-    patch.setattr(reproduce_few, "SLOW", ("ancestral", "t", 16))
-    patch.setattr(reproduce_few, "WAYS", [("unipc", "t", 16), ("unipc", "optimal", 16), ("ancestral", "t", 16)])
+    patch.setattr(reproduce_few, "SLOW", ("ancestral", "t", 128))
+    patch.setattr(reproduce_few, "WAYS", [("unipc", "t", 16), ("unipc", "optimal", 16), ("ancestral", "t", 128)])
+    patch.setattr(reproduce_few, "WITHIN", 0.3)
     yield folder, call(folder)
     patch.undo()
     kind_points.floors.cache_clear()
@@ -57,11 +58,11 @@ def test_the_table_of_few_evaluations(study):
         if line[1] not in ("unipc, optimal",):
             continue
         found = [metrics_of(folder, name, "v", "steps-16-2000-unipc-optimal")]
-        slow = [metrics_of(folder, name, "v", "steps-16-2000")]
+        slow = [metrics_of(folder, name, "v", "steps-128-2000")]
         for which in found, slow:
             which.append([kind_points.measure(dict(data=name), samplers.sample(
-                DATASETS[name].optimal_model("v", COSINE), (2000, 2), 16, target="v", schedule=COSINE,
-                generator=run.generator("cpu", seed, "sample"),
+                DATASETS[name].optimal_model("v", COSINE), (2000, 2), 16 if which is found else 128, target="v",
+                schedule=COSINE, generator=run.generator("cpu", seed, "sample"),
                 **dict(sampler="unipc", grid="optimal") if which is found else {})) for seed in (0, 1)])
         distances = "mean_distance", "covariance_distance", "sliced_wasserstein"
         gap = lambda measured: sum(m["log_density"] - m["log_density_data"] for m in measured) / 2
@@ -69,7 +70,7 @@ def test_the_table_of_few_evaluations(study):
             assert [line[2 + 2 * d + i] for d in range(3)] == [expected_cell([m[key] for m in measured])
                                                                for key in distances]
             assert line[8 + i] == expected_cell([m["log_density"] - m["log_density_data"] for m in measured])
-            near[i] += abs(gap(measured) - gap(slow[i])) <= 0.05 and all(
+            near[i] += abs(gap(measured) - gap(slow[i])) <= 0.3 and all(
                 sum(m[key] for m in measured) / 2 <= measured[0][f"{key}_floor"]["mean"]
                 + 2 * measured[0][f"{key}_floor"]["std"] for key in distances)
-    assert lines[3][2] == "{} / {}".format(*near) and near[0] < near[1]
+    assert lines[3][2] == "{} / {}".format(*near) and near == [0, 2]
