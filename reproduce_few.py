@@ -49,7 +49,7 @@ def is_at_floor(found, slow):
 def few(study):
     """How few evaluations, and what they give."""
     args, seeds, results = study.args, range(study.args.seeds), {}
-    runs = study.trained("stabilised", ["mse"], target=["v"])
+    runs = study.trained("stabilised", ["mse"], FOUR, ["v"])
     of_exact = study.measured(
         runs, "exact", lambda one: exact(one.config["data"], one.config["seed"], args.num_samples, study.device),
         f"exact-{args.num_samples}")

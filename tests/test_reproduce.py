@@ -195,7 +195,7 @@ def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path,
     call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
                                         "--device", "cpu", "--recorded", "--runs", str(tmp_path / "none"),
                                         "--out", str(tmp_path / "results")])
-    for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"), ("beyond", "few"):
+    for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"):
         call(name)
         old, new = ((root / "results" / document / f"{name}.md").read_text().splitlines()
                     for root in (folder, tmp_path))
@@ -353,37 +353,6 @@ def test_the_evaluations_of_a_curve_are_those_of_the_network():
         calls.clear()
         samplers.sample(lambda z, t: calls.append(t) or 0 * z, (3, 2), 8, target="v", schedule=COSINE, sampler=sampler)
         assert len(calls) == samplers.evaluations(sampler, 8), sampler
-
-
-def test_the_table_of_few_evaluations(study):
-    """Networks from their metrics.json, the exact denoiser drawn here; the count of sets at the floor from both."""
-    folder, _, _ = study
-    lines = [line.strip("| ").split(" | ") for line in
-             (folder / "results/beyond/few.md").read_text().splitlines() if line.startswith("| ")]
-    assert [line[:2] for line in lines[2:4]] == [["unipc", "t"], ["unipc", "optimal"]]
-    near, data = [0, 0], iter(["clusters", "rings", "swiss_roll", "waves"])
-    for line in lines[4:]:
-        if line[0] == "evaluations":
-            name = next(data)
-        if line[1] not in ("unipc, optimal",):
-            continue
-        found = [metrics_of(folder, name, "v", "steps-16-2000-unipc-optimal")]
-        slow = [metrics_of(folder, name, "v", "steps-16-2000")]
-        for which in found, slow:
-            which.append([kind_points.measure(dict(data=name), samplers.sample(
-                DATASETS[name].optimal_model("v", COSINE), (2000, 2), 16, target="v", schedule=COSINE,
-                generator=run.generator("cpu", seed, "sample"),
-                **dict(sampler="unipc", grid="optimal") if which is found else {})) for seed in (0, 1)])
-        distances = "mean_distance", "covariance_distance", "sliced_wasserstein"
-        gap = lambda measured: sum(m["log_density"] - m["log_density_data"] for m in measured) / 2
-        for i, measured in enumerate(found):
-            assert [line[2 + 2 * d + i] for d in range(3)] == [expected_cell([m[key] for m in measured])
-                                                               for key in distances]
-            assert line[8 + i] == expected_cell([m["log_density"] - m["log_density_data"] for m in measured])
-            near[i] += abs(gap(measured) - gap(slow[i])) <= 0.05 and all(
-                sum(m[key] for m in measured) / 2 <= measured[0][f"{key}_floor"]["mean"]
-                + 2 * measured[0][f"{key}_floor"]["std"] for key in distances)
-    assert lines[3][2] == "{} / {}".format(*near) and near[0] < near[1]
 
 
 def test_the_table_of_likelihoods(study):

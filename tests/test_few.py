@@ -1,0 +1,76 @@
+"""The table of few evaluations, on a study of four small networks."""
+
+import pytest
+from test_reproduce import expected_cell, metrics_of
+
+import kind_points
+import plots
+import reproduce
+import reproduce_few
+import run
+import samplers
+from datasets2d import DATASETS
+from ddpm import SCHEDULES
+from mlp import MLP
+
+COSINE, SETS = SCHEDULES["cosine"], ("clusters", "unequal")            # those whose exact denoiser takes no time
+
+
+def call(folder, *more):
+    """The table, without its last line: the command."""
+    reproduce.main(["few", "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu",
+                    "--runs", str(folder / "runs"), "--out", str(folder / "results"), *more])
+    return (folder / "results/beyond/few.md").read_text().rsplit("\n`python", 1)[0]
+
+
+def recorded(folder):
+    return call(folder, "--recorded", "--runs", str(folder / "none"))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder, patch = tmp_path_factory.mktemp("few"), pytest.MonkeyPatch()
+    kind_points.floors.cache_clear()                                   # of another number of points
+    patch.setattr(kind_points, "POINTS", 5000)
+    patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
+    patch.setattr(plots, "loss_curve", lambda *arguments: None)
+    patch.setattr(reproduce_few, "FOUR", SETS)
+    patch.setattr(reproduce_few, "SAMPLERS", ["unipc"])
+    patch.setattr(reproduce_few, "NUMBERS", [16])
+    patch.setattr(reproduce_few, "SLOW", ("ancestral", "t", 128))
+    patch.setattr(reproduce_few, "WAYS", [("unipc", "t", 16), ("unipc", "optimal", 16), ("ancestral", "t", 128)])
+    patch.setattr(reproduce_few, "WITHIN", 0.3)
+    yield folder, call(folder)
+    patch.undo()
+    kind_points.floors.cache_clear()
+
+
+def test_the_table_of_few_evaluations(study):
+    """Networks from their metrics.json, the exact denoiser drawn here; the count of sets at the floor from both."""
+    folder, text = study
+    assert text == recorded(folder)
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [line[:2] for line in lines[2:4]] == [["unipc", "t"], ["unipc", "optimal"]]
+    near, data = [0, 0], iter(SETS)
+    for line in lines[4:]:
+        if line[0] == "evaluations":
+            name = next(data)
+        if line[1] not in ("unipc, optimal",):
+            continue
+        found = [metrics_of(folder, name, "v", "steps-16-2000-unipc-optimal")]
+        slow = [metrics_of(folder, name, "v", "steps-128-2000")]
+        for which in found, slow:
+            which.append([kind_points.measure(dict(data=name), samplers.sample(
+                DATASETS[name].optimal_model("v", COSINE), (2000, 2), 16 if which is found else 128, target="v",
+                schedule=COSINE, generator=run.generator("cpu", seed, "sample"),
+                **dict(sampler="unipc", grid="optimal") if which is found else {})) for seed in (0, 1)])
+        distances = "mean_distance", "covariance_distance", "sliced_wasserstein"
+        gap = lambda measured: sum(m["log_density"] - m["log_density_data"] for m in measured) / 2
+        for i, measured in enumerate(found):
+            assert [line[2 + 2 * d + i] for d in range(3)] == [expected_cell([m[key] for m in measured])
+                                                               for key in distances]
+            assert line[8 + i] == expected_cell([m["log_density"] - m["log_density_data"] for m in measured])
+            near[i] += abs(gap(measured) - gap(slow[i])) <= 0.3 and all(
+                sum(m[key] for m in measured) / 2 <= measured[0][f"{key}_floor"]["mean"]
+                + 2 * measured[0][f"{key}_floor"]["std"] for key in distances)
+    assert lines[3][2] == "{} / {}".format(*near) and near == [0, 2]
