@@ -19,24 +19,25 @@ def has_bound(configs):
     return any(config["loss"] in losses.OF_A_CHAIN for config in configs)
 
 
-def epoch(data, number, configs, moments=None):
+def epoch(data, number, configs, moments=None, learners=None):
     """Importance, z, t, y, w and perhaps `variance.columns` of an epoch -> a list of (steps, M * B, ...).
 
     data: of every network, a list of (n, D); number: of the epoch. Members of one set and seed share every draw, but
-    for times drawn with their own moments, a list of `losses.draw_step`'s.
+    for times drawn with their own moments, a list of `losses.draw_step`'s, or by their own `learned_schedule.Learner`.
     """
     device, chain, batch_size = data[0].device, losses.chain_of(configs[0]), configs[0]["batch_size"]
     steps = len(data[0]) // batch_size     # leaves out the last, smaller batch: other points each epoch
     draws, times = {}, []
     for m, (x, config) in enumerate(zip(data, configs)):
         seed = config["seed"]
-        times.append((seed, config["data"], m if moments else None))
+        times.append((seed, config["data"], m if moments or learners else None))
         if (key := times[-1]) not in draws:
             order = torch.randperm(len(x), generator=run.generator("cpu", seed, "order", number)).to(device)
             g = run.generator(device, seed, "noise", number)
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
             t, importance = (
                 losses.draw_step((steps, batch_size), chain, moments[m] if moments else None, g) if chain else
+                learners[m].draw((steps, batch_size), g) if learners else
                 losses.draw_t((steps, batch_size), SCHEDULES[config["schedule"]], config["t_min"],
                               config["t_density"], g))
             draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()

@@ -58,7 +58,7 @@ def build_model(config, members=1):
     if members > 1:
         raise SystemExit("runs on images cannot be one stack - open them one by one")
     (channels, *size), network = config["shape"], {key: config[key] for key in unet.PRESETS["ddpm"]}
-    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], dropout=config["dropout"],
+    return unet.UNet(channels, max(size), schedule=ddpm.fixed(config["schedule"]), dropout=config["dropout"],
                      out=channels * variances.outputs(config), **network)
 
 
@@ -85,7 +85,7 @@ def test_losses(config):
     names = []
     for name in TESTS:
         with contextlib.suppress(ValueError):
-            losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.SCHEDULES[config["schedule"]])
+            losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.fixed(config["schedule"]))
             names.append(name)
     return names
 
@@ -134,15 +134,16 @@ def test(model, data, config, device):
     return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
 
 
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, **how):
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, schedule=None, **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
 
     model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`.
+    schedule: of the Run, where it is learned.
     """
     objective = losses.objective(config)
     with autocast(config, generator.device):
         x = samplers.sample(model, shape, steps, target=variances.predicted(config["target"]),
-                            schedule=objective["schedule"], t_min=t_min, generator=generator,
+                            schedule=schedule or objective["schedule"], t_min=t_min, generator=generator,
                             stabiliser=objective["stabiliser"],
                             clip=1.0 if clip else math.inf, **how)
     return images.to_uint8(x)
@@ -211,7 +212,8 @@ def draw_folder(folder, one, n, args, device):
     for i in missing:
         generator = run.generator(device, args.seed, "sample", i)
         watched = progress.counted(film.watch(model) if args.movie and i == 0 else model, add)
-        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, t_min, args.clip, **how).cpu()
+        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, t_min, args.clip, one.schedule,
+                 **how).cpu()
         if args.movie and i == 0:
             frames = [*film.frames, (0.0, images.to_float(x[:n]))]
             movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")

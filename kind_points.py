@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import cache
+import ddpm
 import langevin
 import metrics
 import movie
@@ -30,7 +31,6 @@ import tables
 import threads
 import variance as variances
 from datasets2d import DATASETS
-from ddpm import SCHEDULES
 from energy import Energy
 from mlp import MLP
 
@@ -73,7 +73,7 @@ def load(config, split="test"):
 def build_model(config, members=1):
     """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
     of_energy, without_t = config.get("energy"), config.get("sigma") is not None
-    schedule = SCHEDULES[config["schedule"]]
+    schedule = ddpm.fixed(config["schedule"])
     network = MLP(dimension(config), config["width"], schedule=None if without_t else schedule, members=members,
                   out=1 if of_energy else dimension(config) * variances.outputs(config),
                   activation=config.get("activation", "relu"), time=not without_t)

@@ -139,7 +139,8 @@ def variance_of(config, variance, steps):
 
 
 def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="logsnr", num_ode=None, ode_steps=64,
-             tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None):
+             tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None,
+             schedule=None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
     x: points (n, D), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
@@ -152,7 +153,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
     variance, data = variance_of(config, variance, steps), None
     if variance == "best":
         data = run.kind_module(settings.kind(config)).dataset(config)
-    shared = dict(target=variances.predicted(config["target"]), schedule=objective["schedule"],
+    shared = dict(target=variances.predicted(config["target"]), schedule=schedule or objective["schedule"],
                   stabiliser=config["stabiliser"], generator=generator)
     how = dict(decoder=discretised if images else gaussian, draws=draws, variance=variance, data=data)
     alone, t_min = lambda z, t: variances.split(model(z, t), z)[0], run.smallest_t(config, t_min, "flow")
@@ -278,7 +279,7 @@ def main(argv=None):
                 terms, evaluations = evaluate(
                     model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
-                    run.generator(device, args.seed, "likelihood"), progress)
+                    run.generator(device, args.seed, "likelihood"), progress, one.schedule)
                 if args.chains:
                     terms |= chains.terms(chains.of_run(
                         one, x, args.chains, args.steps, args.variance, args.t_min, args.batch_size,

@@ -23,6 +23,7 @@ import checkpoints
 import ddpm
 import images
 import kind_images
+import learned_schedule
 import losses
 import progress
 import run
@@ -47,11 +48,10 @@ def order(seed, epoch, n, device):
     return torch.randperm(n, generator=run.generator("cpu", seed, "order", epoch)).to(device)
 
 
-def batch(data, step, config, moments=None):
+def batch(data, step, config, moments=None, learner=None):
     """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the images' device.
 
-    moments: of `losses.draw_step`, where the loss says which t are drawn.
-
+    moments: of `losses.draw_step`, where the loss says which t are drawn; learner: of a learned schedule, which does.
     An epoch goes through the images in an order of its own and leaves out the last, smaller batch.
     """
     size, seed, device = config["batch_size"], config["seed"], data.device
@@ -59,8 +59,8 @@ def batch(data, step, config, moments=None):
     g = run.generator(device, seed, "noise", step)
     x = data[order(seed, epoch, len(data), device)[i * size:(i + 1) * size]]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
-    chain = losses.chain_of(config)
-    t, importance = losses.draw_step((size,), chain, moments, g) if chain else losses.draw_t(
+    t, importance = learner.draw((size,), g) if learner else losses.draw_step(
+        (size,), losses.chain_of(config), moments, g) if config["timesteps"] else losses.draw_t(
         (size,), ddpm.SCHEDULES[config["schedule"]], config["t_min"], config["t_density"], g)
     return x, t, torch.randn(x.shape, generator=g, device=device), importance
 
@@ -85,6 +85,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     # recent: (loss, norm of the gradient, errors, t, importance) since the last test
     step, history, recent, seconds, chain = 0, [], [], 0.0, losses.chain_of(config)
     moments = torch.ones(chain.steps, device=device) if config["t_density"] == "loss_aware" else None
+    learner = learned_schedule.Learner(config, state and state["schedule"]) if config["schedule"] == "learned" else None
     if state:
         adam = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
         moments = None if moments is None else state["moments"].to(device)
@@ -104,8 +105,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     def columns():
         return [torch.stack(column) for column in zip(*recent)]
 
-    def check():
-        # a bad gradient spoils the weights
+    def check():                                           # a bad gradient spoils the weights
         bad = (~torch.stack(columns()[:2]).isfinite().all(0)).nonzero() if recent else []
         if len(bad):
             raise SystemExit(f"{folder}: the loss is not finite at step {step - len(recent) + bad[0].item()} - "
@@ -117,7 +117,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             run.save(folder / "ckpt.pt", dict(config=config, model=model.state_dict(), ema=ema.state_dict(), step=step,
                                               optimizer=optimizer.state_dict(), history=history, seconds=seconds,
                                               recent=[column.cpu() for column in columns()],
-                                              **{} if moments is None else {"moments": moments.cpu()}))
+                                              **{} if moments is None else {"moments": moments.cpu()},
+                                              **{"schedule": learner.state()} if learner else {}))
 
     took = dict(test=None, grid=None, all=0.0)
 
@@ -128,7 +129,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
-        x, t, eps, importance = batch(data, step, config, moments)
+        x, t, eps, importance = batch(data, step, config, moments, learner)
         z, y, w = losses.regression(x, t, eps, **objective)
         x, z, y, w, t, importance = (c[mine] for c in (x, z, y, w * importance, t, importance))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
@@ -146,6 +147,10 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
 
         if moments is not None:
             moments = losses.second_moments(moments, chain.index(t), errors.detach() / importance, 0.1)
+        if learner:
+            learner.update(t[None], errors[None])
+            if step % learned_schedule.ENDS_EVERY == 0:
+                learned_schedule.move_ends([learner], ema, [x], [eps], [config["target"]], kind_images.discretised)
         recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
         over = step >= steps or seconds >= 60 * minutes
@@ -229,8 +234,8 @@ def train(args, device):
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if args.t_density == "loss_aware" and world > 1:
-        raise SystemExit("--t-density loss_aware is for one process, each would draw other times - leave it out")
+    if (args.t_density == "loss_aware" or args.schedule == "learned") and world > 1:
+        raise SystemExit("--t-density loss_aware and --schedule learned are for one process - leave them out")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - "
                          "make it a multiple")
