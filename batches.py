@@ -38,23 +38,24 @@ def labels(config, number, device):
     return [torch.where(dropped, NULL, label)[:len(label) // config["batch_size"] * config["batch_size"]].to(device)]
 
 
-def epoch(data, number, configs, moments=None):
+def epoch(data, number, configs, moments=None, learners=None):
     """Importance, z, t, y, w and perhaps `variance.columns`, or labels, of an epoch: a list of (steps, M * B, ...).
 
     data: of every network, a list of (n, D); number: of the epoch. Members of one set and seed share every draw, but
-    for times drawn with their own moments, a list of `adaptive.moved`'s.
+    for times drawn with their own moments, a list of `adaptive.moved`'s, or by their own `learned_schedule.Learner`.
     """
     device, chain, batch_size = data[0].device, losses.chain_of(configs[0]), configs[0]["batch_size"]
     steps = len(data[0]) // batch_size     # leaves out the last, smaller batch: other points each epoch
     draws, times = {}, []
     for m, (x, config) in enumerate(zip(data, configs)):
         seed = config["seed"]
-        times.append((seed, config["data"], m if moments else None))
+        times.append((seed, config["data"], m if moments or learners else None))
         if (key := times[-1]) not in draws:
             order = permutation(len(x), seed, number).to(device)
             g = run.generator(device, seed, "noise", number)
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
-            t, importance = adaptive.draw((steps, batch_size), config, moments[m] if moments else None, g)
+            t, importance = (learners[m].draw((steps, batch_size), g) if learners else
+                             adaptive.draw((steps, batch_size), config, moments[m] if moments else None, g))
             draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
     made = []
     for key, config in zip(times, configs):

@@ -6,6 +6,7 @@ a flipped byte (where there is a digest), a foreign file or an edited one ends i
 
     config, model, history, optimizer          of every run
     ema, step, seconds, recent                 of images, too: see train_images.py
+    schedule                                   of --schedule learned, too: see learned_schedule.Learner
     moments                                    of --t-density loss_aware and adaptive, too: see adaptive.py
 
 Not here: what a run does with them (`run.py`).
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 import adaptive
+import learned_schedule
 import settings
 
 try:
@@ -154,15 +156,28 @@ def has_loss_moments(checkpoint):
             and moments.is_floating_point() and bool((moments.isfinite() & (moments >= 0)).all()))
 
 
+def has_schedule(checkpoint):
+    """Has it the weights of a learned schedule and their optimiser's state, where the config says so?"""
+    config, state = checkpoint["config"], checkpoint.get("schedule")
+    if config.get("schedule") != "learned":
+        return state is None
+    weights, fresh = state["weights"], learned_schedule.Learner(config).schedule.state_dict()
+    shapes = lambda weights: {name: (value.shape, value.dtype) for name, value in weights.items()}
+    return (shapes(weights) == shapes(fresh) and all(bool(value.isfinite().all()) for value in weights.values())
+            and has_moments(state["optimizer"], {name: weights[name] for name in weights if name != "raw_ends"}))
+
+
 PARTS = {  # what a checkpoint of each kind has besides its config: name, test of the whole checkpoint
     "points": [("model", lambda c: has_weights(c["model"])),
                ("history", lambda c: c["history"] != [] and has_entries(c["history"], "optimum")),
                ("optimizer", lambda c: has_moments(c["optimizer"], c["model"])),
+               ("schedule", has_schedule),
                ("moments", has_loss_moments)],
     "images": [("model", lambda c: has_weights(c["model"])),
                ("ema", lambda c: has_weights(c["ema"])),
                ("history", lambda c: has_entries(c["history"])),
                ("optimizer", lambda c: has_moments(c["optimizer"]["state"], c["model"])),
+               ("schedule", has_schedule),
                ("moments", has_loss_moments),
                ("step", lambda c: type(c["step"]) is int and c["step"] >= 0),
                ("seconds", lambda c: is_number(c["seconds"])),

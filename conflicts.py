@@ -49,7 +49,7 @@ def completed(args):
     if "multi_scale" in args.loss:
         args.timesteps, args.schedule = args.timesteps or LEVELS, args.schedule or "ve"
     if args.timesteps and args.t_min is None:              # z_0 = x where that can be
-        args.t_min = discrete.smallest_t(ddpm.SCHEDULES[args.schedule or "cosine"])
+        args.t_min = discrete.smallest_t(ddpm.fixed(args.schedule or "cosine"))
     if args.kind == "images":
         return
     if args.sigma is None and set(args.loss) & set(score_matching.OBJECTIVES):
@@ -83,8 +83,12 @@ def conflict(config):
     if config.get("sigma") is not None:
         return (f"--sigma is for --loss {', '.join(score_matching.OBJECTIVES)}, "
                 f"{loss} has many noise levels - leave it out")
+    if config["schedule"] == "learned" and config["timesteps"]:
+        return "--schedule learned is of continuous time - leave it or --timesteps out"
+    if config["schedule"] == "learned" and config["t_density"] != "uniform":
+        return f"--schedule learned is a density of its own - leave it or --t-density {config['t_density']} out"
     if config["timesteps"]:
-        if config["t_min"] < 1e-6 and discrete.smallest_t(ddpm.SCHEDULES[config["schedule"]]) > 0:
+        if config["t_min"] < 1e-6 and discrete.smallest_t(ddpm.fixed(config["schedule"])) > 0:
             return (f"--t-min {config['t_min']:g} is for a schedule whose log-SNR is finite at "
                     f"t = 1, {config['schedule']}'s is not - leave it out")
         if config["t_density"] in ("logsnr", "adaptive"):
@@ -101,8 +105,7 @@ def conflict(config):
     chain = losses.chain_of(config)
     t = chain.times[-1:] if chain else torch.tensor([config["t_min"], 0.5, 1 - config["t_min"]])
     try:
-        found = losses.weight(loss, config["target"], t, ddpm.SCHEDULES[config["schedule"]], config["stabiliser"],
-                              chain)
+        found = losses.weight(loss, config["target"], t, ddpm.fixed(config["schedule"]), config["stabiliser"], chain)
     except ValueError as error:            # no weight for this target or schedule
         return str(error)
     if not found.isfinite().all():

@@ -13,7 +13,7 @@ t = 1 of the cosine schedule are log-SNR +-infinity: training and sampling stay 
 [t_min, 1 - t_min]; with t_min = 1e-3 its log-SNR is +-12.9.
 
 Not here: how samples are drawn (`samplers.py`), other variances of a step (`variance.py`),
-learned schedules.
+schedules that are learned (`learned_schedule.py`).
 
     python ddpm.py        # alpha, sigma and log-SNR of every schedule; Fig. 3.2 has the first three
 """
@@ -227,6 +227,11 @@ SCHEDULES = {
     "iddpm":  Schedule(iddpm_logsnr, iddpm_dlogsnr),
     "edm":    Schedule(edm_logsnr, edm_dlogsnr, EXPLODING),
 }
+
+
+def fixed(name):
+    """The schedule of a run's config by name; where it is learned the cosine, the network's clock."""
+    return SCHEDULES["cosine" if name == "learned" else name]
 
 
 def standardise(z, t, schedule):

@@ -24,7 +24,12 @@ def prior(x, schedule, t_min=1e-3):
     1/2 (sigma^2 / r^2 + alpha^2 x^2 / r^2 - 1 - log(sigma^2 / r^2)), and alpha^2 / r^2 is
     sigmoid(logsnr) for every schedule.
     """
-    logsnr = x.new_tensor(schedule.ends(t_min)[0])
+    return prior_at(x, schedule.ends(t_min)[0])
+
+
+def prior_at(x, logsnr):
+    """`prior` of z_1 at this log-SNR, a number or a tensor ()."""
+    logsnr = torch.as_tensor(logsnr).to(x)
     return nats(0.5 * (torch.sigmoid(logsnr) * (x**2 - 1) + torch.nn.functional.softplus(logsnr)))
 
 
@@ -77,7 +82,7 @@ def reconstruction(x, eps, logsnr, decoder):
 
     Of a Gaussian its mean over eps, whatever eps is given: eps enters as a square, whose mean is 1.
     """
-    eps, log_var = torch.ones_like(x) if decoder is gaussian else eps, x.new_tensor(-logsnr)
+    eps, log_var = torch.ones_like(x) if decoder is gaussian else eps, torch.as_tensor(-logsnr).to(x)
     return nats(decoder(x, x + torch.exp(0.5 * log_var) * eps, log_var))
 
 

@@ -82,13 +82,14 @@ def check(config, name):
         raise ValueError("its score has no t, and so no schedule - leave out --schedule")
 
 
-def of_run(model, target, config, t_min, name=None):
+def of_run(model, target, config, t_min, name=None, own=None):
     """The network of a run under the schedule called `name` -> model, schedule and t_min to sample or to test it with.
 
-    t_min: the ends under its own schedule, where the other's are put; its own t_min is then 0. None: as it is.
+    t_min: the ends under its own schedule, where the other's are put; its own t_min is then 0. None: as it is. own: the
+    schedule of the Run, where it is learned.
     """
     check(config, name)
-    own = SCHEDULES[config["schedule"]]
+    own = own or SCHEDULES[config["schedule"]]
     if name is None:
         return model, own, t_min
     other = between(SCHEDULES[name], *own.ends(t_min))

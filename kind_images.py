@@ -59,7 +59,7 @@ def build_model(config, members=1):
     if members > 1:
         raise SystemExit("runs on images cannot be one stack - open them one by one")
     (channels, *size), network = config["shape"], {key: config[key] for key in unet.PRESETS["ddpm"]}
-    return unet.UNet(channels, max(size), schedule=ddpm.SCHEDULES[config["schedule"]], dropout=config["dropout"],
+    return unet.UNet(channels, max(size), schedule=ddpm.fixed(config["schedule"]), dropout=config["dropout"],
                      out=channels * variances.outputs(config), **network)
 
 
@@ -86,7 +86,7 @@ def test_losses(config):
     names = []
     for name in TESTS:
         with contextlib.suppress(ValueError):
-            losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.SCHEDULES[config["schedule"]])
+            losses.weight(name, config["target"], torch.tensor([0.5]), ddpm.fixed(config["schedule"]))
             names.append(name)
     return names
 
@@ -135,14 +135,14 @@ def test(model, data, config, device):
     return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
 
 
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, under=None, **how):
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
 
-    model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. under: the
-    name of another schedule, see `invariance.py`.
+    model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. own: the
+    schedule of the Run, where it is learned. under: the name of another one, see `invariance.py`.
     """
     target = variances.predicted(config["target"])
-    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under)
+    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own)
     with autocast(config, generator.device):
         x = samplers.sample(model, shape, steps, target=target, schedule=schedule, t_min=t_min, generator=generator,
                             stabiliser=config["stabiliser"], clip=1.0 if clip else math.inf, **how)
@@ -212,7 +212,8 @@ def draw_folder(folder, one, n, args, device):
     for i in missing:
         generator = run.generator(device, args.seed, "sample", i)
         watched = progress.counted(film.watch(model) if args.movie and i == 0 else model, add)
-        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, t_min, args.clip, **how).cpu()
+        x = draw(watched, (size, *config["shape"]), args.steps, config, generator, t_min, args.clip, one.schedule,
+                 **how).cpu()
         if args.movie and i == 0:
             frames = [*film.frames, (0.0, images.to_float(x[:n]))]
             movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import cache
+import ddpm
 import guidance
 import invariance
 import langevin
@@ -32,7 +33,6 @@ import tables
 import threads
 import variance as variances
 from datasets2d import DATASETS
-from ddpm import SCHEDULES
 from energy import Energy
 from mlp import MLP
 
@@ -83,7 +83,7 @@ def pairs(config, split="test"):
 def build_model(config, members=1):
     """The network of a run's config, or a stack of such, with fresh weights from torch's global generator."""
     of_energy, without_t = config.get("energy"), config.get("sigma") is not None
-    schedule = SCHEDULES[config["schedule"]]
+    schedule = ddpm.fixed(config["schedule"])
     network = MLP(dimension(config), config["width"], schedule=None if without_t else schedule, members=members,
                   out=1 if of_energy else dimension(config) * variances.outputs(config),
                   activation=config.get("activation", "relu"), time=not without_t,
@@ -126,7 +126,7 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, unde
     model = watch(progress.counted(threads.shared(
         in_chunks(runs.model(device, out=variance in variances.LEARNED), members, runs.config), device), add))
     names, t_min = [run.target for run in runs.members], run.smallest_t(runs.config, t_min, **how)
-    model, schedule, t_min = invariance.of_run(model, names, runs.config, t_min, under)
+    model, schedule, t_min = invariance.of_run(model, names, runs.config, t_min, under, runs.schedule)
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps, target=names, schedule=schedule,
                               t_min=t_min, generator=run.generator(device, seed, "sample"),
                               stabiliser=runs.config["stabiliser"], **how)

@@ -142,7 +142,7 @@ def variance_of(config, variance, steps):
 
 def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="logsnr", num_ode=None, ode_steps=64,
              tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None,
-             under=None):
+             under=None, own=None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
     x: points (n, D), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
@@ -153,7 +153,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
     """
     images, variance, data = x.ndim > 2, variance_of(config, variance, steps), None
     target, t_min = variances.predicted(config["target"]), run.smallest_t(config, t_min, "flow")
-    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under)
+    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own)
     if variance == "best":
         data = run.kind_module(settings.kind(config)).dataset(config)
     shared = dict(target=target, schedule=schedule, stabiliser=config["stabiliser"], generator=generator)
@@ -278,7 +278,7 @@ def main(argv=None):
                 terms, evaluations = evaluate(
                     model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
-                    run.generator(device, args.seed, "likelihood"), progress, args.under)
+                    run.generator(device, args.seed, "likelihood"), progress, args.under, one.schedule)
                 if args.chains:
                     terms |= chains.terms(chains.of_run(
                         one, x, args.chains, args.steps, args.variance, args.t_min, args.batch_size,

@@ -142,13 +142,13 @@ def step_of(chain, t):
 def chain_of(config):
     """The discrete chain that a run is trained on; None: continuous time."""
     return config.get("timesteps") and discrete.chain(
-        ddpm.SCHEDULES[config["schedule"]], config["timesteps"], config["t_min"])
+        ddpm.fixed(config["schedule"]), config["timesteps"], config["t_min"])
 
 
 def objective(config):
     """The arguments of `loss` besides model and data, from the config of a run."""
     found = dict(target=config["target"], loss=config["loss"],
-                 schedule=ddpm.SCHEDULES[config["schedule"]], stabiliser=config["stabiliser"])
+                 schedule=ddpm.fixed(config["schedule"]), stabiliser=config["stabiliser"])
     return found | ({"chain": chain_of(config)} if config.get("timesteps") else {}) | (
         {"sigma": config["sigma"]} if config.get("sigma") is not None else {})
 

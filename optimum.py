@@ -19,7 +19,7 @@ import stack
 import targets
 import variance as variances
 from datasets2d import DATASETS
-from ddpm import SCHEDULES
+from ddpm import fixed
 
 TESTS = "rescaled", "nelbo"       # also measured at every epoch: the same two for every run, whatever it is trained on
 TESTED_T_MIN = 1e-3               # their range of t, unless training has a smaller one
@@ -47,7 +47,7 @@ def test_batch(config):
         return z, t, y, torch.stack([w, factor**2, torch.zeros_like(w)], 1)
     t_min = max(config["t_min"], TESTED_T_MIN)
     inside = ((t >= t_min) & (t <= 1 - t_min)).float()
-    tests = [inside / inside.mean() * losses.weight(name, config["target"], t, SCHEDULES[config["schedule"]],
+    tests = [inside / inside.mean() * losses.weight(name, config["target"], t, fixed(config["schedule"]),
                                                     config["stabiliser"])
              for name in TESTS]
     return z, t, y, torch.stack([w, *tests], 1)
@@ -64,7 +64,7 @@ def given(config, z, t):
     """What `variance.loss` is given for the variance `best` besides columns: [Var[x | z]]; else []."""
     if config["variance"] != "best":
         return []
-    schedule = SCHEDULES[config["schedule"]]
+    schedule = fixed(config["schedule"])
     return [kind_points.dataset(config).covariance(z, schedule.alpha(t), schedule.sigma(t))]
 
 
@@ -96,7 +96,7 @@ def optimal_predictions(data, schedule, t_min, timesteps=None, labels=False):
     """
     z, t, *_ = test_batch(dict(data=data, target="x", loss="mse", schedule=schedule, t_min=t_min, stabiliser=0.0,
                                timesteps=timesteps))
-    mixture, schedule = DATASETS[data], SCHEDULES[schedule]
+    mixture, schedule = DATASETS[data], fixed(schedule)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if labels:
         label = kind_points.pairs(dict(data=data))[1]
@@ -117,7 +117,7 @@ def optimal_errors(data, target, schedule, t_min, stabiliser, timesteps=None, la
     config = dict(data=data, target=target, loss="mse", schedule=schedule, t_min=t_min, stabiliser=stabiliser,
                   timesteps=timesteps)
     _, t, y, _ = test_batch(config)
-    alpha, sigma = SCHEDULES[schedule].alpha(t)[:, None], SCHEDULES[schedule].sigma(t)[:, None]
+    alpha, sigma = fixed(schedule).alpha(t)[:, None], fixed(schedule).sigma(t)[:, None]
     step = losses.step_of(losses.chain_of(config), t[:, None])
     a, b = targets.coefficients(target, alpha, sigma, stabiliser, step)
     x_hat, eps_hat, *_ = optimal_predictions(data, schedule, t_min, timesteps, labels)

@@ -25,7 +25,7 @@ def measure(one, data_dir):
     """The bound of each test image, bits/dim, and the norm of the gradient (median, maximum) of a Run on images."""
     x = images.to_float(kind_images.load(one.config, "test", data_dir)[:TESTED])
     terms, _ = likelihood.evaluate(one.model(), x, one.config, DRAWS, num_ode=0, batch_size=250,
-                                   generator=run.generator("cpu", "bound"))
+                                   generator=run.generator("cpu", "bound"), own=one.schedule)
     norms = [value for entry in one.history for value in entry["gradient_norms"]]
     return dict(bound=(terms["bound"] / (kind_images.dimension(one.config) * math.log(2))).tolist(),
                 median=statistics.median(norms), maximum=max(norms))

@@ -23,13 +23,13 @@ import torch
 from torch import distributed
 
 import checkpoints
+import learned_schedule
 import losses
 import samplers
 import settings
 import stack
 import variance
 from checkpoints import FORMAT, load, save, write  # noqa: F401 - run.load, run.save
-from ddpm import SCHEDULES
 
 KINDS = {"points": "kind_points", "images": "kind_images"}     # files with the same verbs: load, draw, measure, ...
 
@@ -110,7 +110,7 @@ class Run:
 
     @property
     def schedule(self):
-        return SCHEDULES[self.config["schedule"]]
+        return learned_schedule.of_run(self.config, self.checkpoint)
 
     @property
     def kind(self):
@@ -127,6 +127,7 @@ class Run:
             model.load_state_dict(stack.join([self.kind.weights(run.checkpoint) for run in self.members]))
         names, chain = [run.config["target"] for run in self.members], losses.chain_of(self.config)
         model = model if chain is None else variance.Mean(model, names, chain, out)
+        model = learned_schedule.OnSchedule(model, self.schedule) if "schedule" in self.checkpoint else model
         return model.to(device).requires_grad_(False).eval()
 
     def denoiser(self, device="cpu", **options):
@@ -145,10 +146,10 @@ class Stack(Run):
     def __init__(self, runs):
         super().__init__(runs[0].folder, runs[0].checkpoint)
         self.members = list(runs)
-        first = settings.alike(self.config)
-        for run in runs:
-            other = settings.alike(run.config)
+        for run in runs[1:]:
+            first, other = settings.alike(self.config), settings.alike(run.config)
             different = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+            different += ["schedule"] * ("schedule" in run.checkpoint)         # learned: each has its own
             if different:
                 raise SystemExit(f"{runs[0].folder} and {run.folder} differ in {', '.join(different)} "
                                  "and cannot be one stack - open them one by one")
@@ -173,7 +174,8 @@ def stacks(runs, device):
     """Divide runs into stacks of those that are alike: of at most 8 on a CPU, else 96."""
     groups, size = {}, stack.size(device)
     for run in runs:
-        groups.setdefault(repr(sorted(settings.alike(run.config).items())), []).append(run)
+        same = settings.alike(run.config) | ({"schedule": str(run.folder)} if "schedule" in run.checkpoint else {})
+        groups.setdefault(repr(sorted(same.items())), []).append(run)
     return [Stack(group[i:i + size]) for group in groups.values() for i in range(0, len(group), size)]
 
 

@@ -43,7 +43,8 @@ class Setting:
 
 
 SETTINGS = [
-    Setting("schedule", "noise schedule", "cosine", "cosine", argument=dict(choices=SCHEDULES)),
+    Setting("schedule", "noise schedule; learned: beside the network, see learned_schedule.py", "cosine", "cosine",
+            argument=dict(choices=(*SCHEDULES, "learned"))),
     Setting("t_min", "t is in [t_min, 1 - t_min]; 0 for a chain whose schedule allows it", 1e-3, 1e-3,
             argument=dict(type=number(float, 0, 0.49))),
     Setting("t_density", "what is uniform, t or log-SNR, or where the loss is large: p ~ its mean in each bin of "

@@ -196,7 +196,8 @@ class Study:
             x = kind_points.test_examples(config, n, self.device)
             model = one.model(self.device, out=True).to(x.dtype)
             terms, _ = likelihood.evaluate(model, x, config, 2 if config.get("timesteps") else DRAWS,
-                                           ode_steps=ODE_STEPS, generator=run.generator(self.device, "likelihood"))
+                                           ode_steps=ODE_STEPS, generator=run.generator(self.device, "likelihood"),
+                                           own=one.schedule)
             terms["entropy"] = -DATASETS[config["data"]].log_prob(x.cpu())
             gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
             return ({name: tables.mean_and_error(values) for name, values in (terms | gaps).items()}
@@ -227,7 +228,8 @@ class Study:
         """
         if self.args.recorded:
             return self.recorded(runs[key].recipe, key, "nelbo")
-        model = kind_points.in_chunks(runs[key].model())
+        model = runs[key].model()
+        model = kind_points.in_chunks(model.network if "schedule" in runs[key].checkpoint else model)    # on its clock
         terms = exact_nelbo(model, key[1], key[0], runs[key].config["stabiliser"])
         result = [terms.mean().item(), ((terms - best).std() / len(best)**0.5).item()]
         self.note(runs[key].recipe, key, nelbo=result)

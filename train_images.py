@@ -23,6 +23,7 @@ import adaptive
 import checkpoints
 import images
 import kind_images
+import learned_schedule
 import losses
 import progress
 import run
@@ -47,11 +48,10 @@ def order(seed, epoch, n, device):
     return torch.randperm(n, generator=run.generator("cpu", seed, "order", epoch)).to(device)
 
 
-def batch(data, step, config, moments=None):
+def batch(data, step, config, moments=None, learner=None):
     """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the images' device.
 
-    moments: of `adaptive.moved`, where the loss says which t are drawn.
-
+    moments: of `adaptive.moved`, where the loss says which t are drawn; learner: of a learned schedule, which does.
     An epoch goes through the images in an order of its own and leaves out the last, smaller batch.
     """
     size, seed, device = config["batch_size"], config["seed"], data.device
@@ -59,7 +59,7 @@ def batch(data, step, config, moments=None):
     g = run.generator(device, seed, "noise", step)
     x = data[order(seed, epoch, len(data), device)[i * size:(i + 1) * size]]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
-    t, importance = adaptive.draw((size,), config, moments, g)
+    t, importance = learner.draw((size,), g) if learner else adaptive.draw((size,), config, moments, g)
     return x, t, torch.randn(x.shape, generator=g, device=device), importance
 
 
@@ -83,6 +83,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     # recent: (loss, norm of the gradient, errors, t, importance) since the last test
     step, history, recent, seconds, chain = 0, [], [], 0.0, losses.chain_of(config)
     aware, moments = config["t_density"] in adaptive.POWERS, None
+    learner = learned_schedule.Learner(config, state and state["schedule"]) if config["schedule"] == "learned" else None
     if state:
         adam = {"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
         moments = state["moments"].to(device) if aware else None
@@ -102,8 +103,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     def columns():
         return [torch.stack(column) for column in zip(*recent)]
 
-    def check():
-        # a bad gradient spoils the weights
+    def check():                                           # a bad gradient spoils the weights
         bad = (~torch.stack(columns()[:2]).isfinite().all(0)).nonzero() if recent else []
         if len(bad):
             raise SystemExit(f"{folder}: the loss is not finite at step {step - len(recent) + bad[0].item()} - "
@@ -115,7 +115,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             run.save(folder / "ckpt.pt", dict(config=config, model=model.state_dict(), ema=ema.state_dict(), step=step,
                                               optimizer=optimizer.state_dict(), history=history, seconds=seconds,
                                               recent=[column.cpu() for column in columns()],
-                                              **{"moments": moments.cpu()} if aware else {}))
+                                              **{"moments": moments.cpu()} if aware else {},
+                                              **{"schedule": learner.state()} if learner else {}))
 
     took = dict(test=None, grid=None, all=0.0)
 
@@ -126,7 +127,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
-        x, t, eps, importance = batch(data, step, config, moments)
+        x, t, eps, importance = batch(data, step, config, moments, learner)
         z, y, w = losses.regression(x, t, eps, **objective)
         x, z, y, w, t, importance = (c[mine] for c in (x, z, y, w * importance, t, importance))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
@@ -144,6 +145,10 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
 
         if aware:
             moments = adaptive.moved(moments, t, errors.detach() / importance, 0.1, config)
+        if learner:
+            learner.update(t[None], errors[None])
+            if step % learned_schedule.ENDS_EVERY == 0:
+                learned_schedule.move_ends([learner], ema, [x], [eps], [config["target"]], kind_images.discretised)
         recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
         over = step >= steps or seconds >= 60 * minutes
@@ -227,8 +232,9 @@ def train(args, device):
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if args.t_density in adaptive.POWERS and world > 1:
-        raise SystemExit(f"--t-density {args.t_density} is for one process, each would draw other times - leave it out")
+    if (args.t_density in adaptive.POWERS or args.schedule == "learned") and world > 1:
+        own = "--schedule learned" if args.schedule == "learned" else f"--t-density {args.t_density}"
+        raise SystemExit(f"{own} is for one process, each would draw other times - leave it out")
     if args.batch_size % world:
         raise SystemExit(f"--batch-size {args.batch_size} cannot be divided among {world} processes - "
                          "make it a multiple")

@@ -28,6 +28,9 @@ import stack
 import threads
 import variance as variances
 from adam import Adam
+from learned_schedule import Learner, move_ends
+
+ENDS_POINTS = 5000     # that the ends of a learned schedule are moved with, an epoch
 
 
 def build_optimizer(model, config):
@@ -88,14 +91,14 @@ def epoch_steps(config):
     return n // config["batch_size"]
 
 
-def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, moments=None):
+def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, moments=None, learners=None):
     """One pass of every network of a stack over its own data, a list of (n, D), in random order.
 
-    moments: of `batches.epoch`, which are moved. step: `build_step`, perhaps captured. Returns losses (steps, M), the
-    loss over t (M, 20) and norms of the gradient (steps, M), all of the networks as they were in training.
+    moments, learners: of `batches.epoch`, which are moved. step: `build_step`, perhaps captured. Returns losses
+    (steps, M), the loss over t (M, 20) and norms of the gradient (steps, M), of the networks as they were in training.
     """
     shared = configs[0]
-    importance, *inputs = batches.epoch(data, epoch, configs, moments)                      # (steps, M * B, ...)
+    importance, *inputs = batches.epoch(data, epoch, configs, moments, learners)            # (steps, M * B, ...)
     t, steps = inputs[1], len(importance)
 
     errors, norms = torch.empty_like(t), t.new_empty(steps, len(configs))
@@ -109,6 +112,8 @@ def train_epoch(step, optimizer, data, epoch, configs, on_step=lambda: None, mom
     errors, t, importance = (c.unflatten(1, (len(configs), -1)).transpose(0, 1) for c in (errors, t, importance))
     for m, before in enumerate(moments or []):             # of the whole epoch: 50 draws of each of 1000 steps
         moments[m] = adaptive.moved(before, t[m].flatten(), (errors[m] / importance[m]).flatten(), 1.0, shared)
+    for learner, *draws in zip(learners or [], t, errors):
+        learner.update(*draws)
     over_t = losses.over_t(errors.flatten(1), t.flatten(1), shared["t_min"], importance=importance.flatten(1),
                            chain=losses.chain_of(shared))
     return errors.mean(2).T, over_t, norms                                                  # errors (M, steps, batch)
@@ -134,6 +139,8 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     test, optima = optimum.ready(configs, device)
     moments = ([state and state["moments"].to(device) for state in states] if shared["t_density"] in adaptive.POWERS
                else None)
+    learners = ([Learner(config, state and state["schedule"]) for config, state in zip(configs, states)]
+                if shared["schedule"] == "learned" else None)
 
     def initial(config):
         torch.manual_seed(config["seed"])
@@ -154,7 +161,12 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     on_ready()
     for epoch in range(len(histories[0]), shared["epochs"]):
         start = time.perf_counter()
-        train_losses, over_t, norms = train_epoch(step, optimizer, data, epoch, configs, on_step, moments)
+        train_losses, over_t, norms = train_epoch(step, optimizer, data, epoch, configs, on_step, moments, learners)
+        if learners:
+            some = [x[:ENDS_POINTS] for x in data]
+            noise = [torch.randn(x.shape, generator=run.generator(device, config["seed"], "ends", epoch), device=device)
+                     for x, config in zip(some, configs)]
+            move_ends(learners, model, some, noise, [config["target"] for config in configs])
         test_losses = test(model)
         finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: it waits for CUDA
         for m in (~finite.all(0)).nonzero().flatten().tolist():
@@ -183,7 +195,8 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
                 run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m),
                                                   history=history,
                                                   optimizer=stack.member(optimizer.state_dict()["state"], m),
-                                                  **{"moments": moments[m].cpu()} if moments else {}))
+                                                  **{"moments": moments[m].cpu()} if moments else {},
+                                                  **{"schedule": learners[m].state()} if learners else {}))
             saved_at = time.perf_counter()
             saving = saved_at - start
         on_epoch(epoch + 1, *zip(*((train_losses[m], test_losses[m][0]) for m in range(members) if m not in diverged)))

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import cache
 import checkpoints
+import ddpm
 import kind_points
 import metrics
 import optimum
@@ -60,7 +61,7 @@ def test_the_second_process_computes_nothing_and_has_the_same_bits(place):
 
 @pytest.mark.parametrize("owner, name, value", [
     (kind_points, "POINTS", 400), (kind_points, "DATASETS", {**DATASETS, "rings": DATASETS["clusters"]}),
-    (optimum, "SCHEDULES", {"cosine": kind_points.SCHEDULES["linear"]}), (torch, "__version__", "3.0"),
+    (optimum, "fixed", lambda name: ddpm.SCHEDULES["linear"]), (torch, "__version__", "3.0"),
     (cache.threads, "MOST", 7)])
 def test_what_depends_on_something_else_is_computed(place, monkeypatch, owner, name, value):
     asked()
@@ -68,7 +69,7 @@ def test_what_depends_on_something_else_is_computed(place, monkeypatch, owner, n
     cache.code.cache_clear()
     result, work = asked()
     cache.code.cache_clear()
-    assert work == (1 if name == "SCHEDULES" else 2)         # the floor has no schedule
+    assert work == (1 if name == "fixed" else 2)         # the floor has no schedule
     monkeypatch.setenv("DIFFUSION_LOSSES_CACHE", "")
     same(result, asked()[0])
 

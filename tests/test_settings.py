@@ -132,7 +132,7 @@ def test_a_new_row_reaches_parser_config_resuming_and_stacks(momentum, tmp_path,
 def test_choices_are_the_tables_themselves():
     """So that a new schedule, density or preset needs its row in them only."""
     choices = {row.name: row.argument.get("choices") for row in settings.SETTINGS}
-    assert choices["schedule"] is ddpm.SCHEDULES and choices["t_density"] is losses.T_DENSITIES
+    assert choices["schedule"] == (*ddpm.SCHEDULES, "learned") and choices["t_density"] is losses.T_DENSITIES
     assert choices["preset"] is unet.PRESETS
 
 
