@@ -89,7 +89,7 @@ def of_run(model, target, config, t_min, name=None, own=None):
     schedule of the Run, where it is learned.
     """
     check(config, name)
-    own = own or SCHEDULES[config["schedule"]]
+    own = own or ddpm.fixed(config["schedule"])
     if name is None:
         return model, own, t_min
     other = between(SCHEDULES[name], *own.ends(t_min))

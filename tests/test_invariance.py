@@ -211,7 +211,7 @@ def test_images_under_another_schedule():
     config = dict(schedule="cosine", target="v", stabiliser=0.0, loss="mse", precision="fp32", timesteps=None)
     model = lambda z, t: 0.3 * z
     draw = lambda under, grid="logsnr": kind_images.draw(
-        model, (2, 1, 3, 3), 5, config, torch.Generator().manual_seed(1), 1e-3, True, under, sampler="ddim", grid=grid)
+        model, (2, 1, 3, 3), 5, config, torch.Generator().manual_seed(1), 1e-3, under=under, sampler="ddim", grid=grid)
     levels = [draw(under).int() for under in (None, "ve", "flow")]
     assert levels[0].float().std() > 10 and all((level - levels[0]).abs().max() <= 1 for level in levels)
     assert (draw("ve", "t").int() - draw(None, "t").int()).abs().max() > 1

@@ -218,9 +218,11 @@ def test_it_learns_the_density_of_least_variance():
         learner.update(t, each)
     assert spread(own()) < 1.03 * spread(square.sqrt())
     assert means == pytest.approx([mean.sum().item() * width] * 4, rel=0.02)           # E of a draw does not move
-    p, best = own() * (1 - 2 * learner.t_min), square.sqrt() / (square.sqrt().sum() * width)
+    p, best = own() / (1 - 2 * learner.t_min), square.sqrt() / (square.sqrt().sum() * width)
     inside = middles > -3
-    assert_close(p.sum().item() * width, 1.0, rtol=0.02, atol=0)
+    fine = torch.linspace(-limit, limit, 4001, dtype=F64)
+    total = torch.trapezoid(1 / learner.schedule.slope_at(fine).detach(), fine).item() / (1 - 2 * learner.t_min)
+    assert total == pytest.approx(1.0, rel=2e-3)
     assert (p / best)[inside].log().abs().max() < 0.5 and (p / best)[inside].log().square().mean().sqrt() < 0.15
 
 
@@ -380,7 +382,7 @@ def test_samples_and_likelihoods_are_those_of_its_schedule(trained, tmp_path):
         assert_close(kind_points.draw(one, 4, 30, 5)[0], expected)
         x = kind_points.load(one.config)[:50].double()
         how = dict(draws=4, num_ode=0, generator=run.generator("cpu", 1))
-        terms, _ = likelihood.evaluate(one.model().double(), x, one.config, schedule=one.schedule, **how)
+        terms, _ = likelihood.evaluate(one.model().double(), x, one.config, own=one.schedule, **how)
         alone = likelihood.bound(one.model().double(), x, target=one.target, schedule=one.schedule, draws=4,
                                  generator=run.generator("cpu", 1))
         assert_close([terms["diffusion"], terms["prior"]], [alone["diffusion"], alone["prior"]])
@@ -410,7 +412,7 @@ def test_images_learn_a_schedule_and_a_killed_run_goes_on_bit_for_bit(folder, tm
     one = run.open(only(tmp_path / "whole"))
     sample.main(["--ckpt", str(one.folder), "--steps", "2", "--num-samples", "2", "--device", "cpu", "--out",
                  str(tmp_path / "samples")])
-    with pytest.raises(SystemExit, match="--schedule learned are for one process - leave them out"):
+    with pytest.raises(SystemExit, match="--schedule learned is for one process, each would draw other times - leave it out"):
         monkeypatch.setattr(run, "processes", lambda device: (0, 2))
         train.main(argv("two"))
 
