@@ -1428,7 +1428,6 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("grids.py", "key=lambda m: abs(m - n)", "key=lambda m: -abs(m - n)"),
     ("grids.py", "[0, *OPTIMAL[m][::-1]]", "[0, *OPTIMAL[m]]"),
     ("grids.py", "np.arange(m + 1) / m,", "np.arange(m + 1) / (m + 1),"),
-    ("grids.py", "shares = np.exp([*logits, 0.0])", "shares = np.exp([*logits, 1.0])"),
     ("grids.py", "- end).square().mean().item()", "- end).mean().square().item()"),
     ("reproduce_few.py", '["mean"] + 2 * found', '["mean"] + 0 * found'),
     ("reproduce_few.py", "abs(statistics.mean(gaps(found)) - statistics.mean(gaps(slow)))",

@@ -74,3 +74,15 @@ def test_the_table_of_few_evaluations(study):
                 sum(m[key] for m in measured) / 2 <= measured[0][f"{key}_floor"]["mean"]
                 + 2 * measured[0][f"{key}_floor"]["std"] for key in distances)
     assert lines[3][2] == "{} / {}".format(*near) and near == [0, 2]
+
+
+@pytest.mark.parametrize("distance, gap, slow_gap, expected", [
+    (1.0, 0.1, 0.1, True), (1.19, 0.14, 0.1, True), (1.21, 0.1, 0.1, False), (1.0, 0.16, 0.1, False),
+    (1.0, 0.04, 0.1, False), (1.0, 0.03, 0.0, True), (1.0, -0.01, 0.1, False)])
+def test_what_is_at_the_floor(distance, gap, slow_gap, expected):
+    """A floor of 1 +- 0.1, gaps that may differ by 0.05 nats, two seeds."""
+    def results(distance, gap):
+        one = {name: distance for name in reproduce_few.DISTANCES} | {
+            f"{name}_floor": {"mean": 1.0, "std": 0.1} for name in reproduce_few.DISTANCES}
+        return [one | {"log_density": gap - 3 + d, "log_density_data": -3} for d in (-0.01, 0.01)]
+    assert reproduce_few.is_at_floor(results(distance, gap), results(5.0, slow_gap)) is expected
