@@ -35,7 +35,8 @@ DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
 OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         # None: always said
 SET = "--target", "--loss", "--minutes", "--seed", "--seeds", "--resume", "--no-resume", "--overwrite"
 SET_BY = {"table4.2": SET, "tableF5.1-images": (*SET, "--schedule", "--timesteps", "--variance", "--train-steps"),
-          "schedules-images": (*SET, "--target", "--schedule", "--t-density", "--adaptive", "--train-steps")}
+          "schedules-images": (*SET, "--target", "--schedule", "--t-density", "--adaptive", "--train-steps"),
+          "spaces-images": SET, "spaces-images-samples": SET}
 
 
 def is_table(name):
@@ -106,7 +107,7 @@ def make(name, args):
 def parse(argv):
     """The arguments; args.more are those that a table of images hands to train.py. Exit code 2 if they are wrong."""
     names = "\n".join(f"  {name:10s} {title}" for name, (_, _, title) in RESULTS.items())
-    images = " and ".join(SET_BY)
+    images = ", ".join(SET_BY)
     parser = argparse.ArgumentParser(description=f"{__doc__}\n{names}\n  all        all of these but {images}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python reproduce.py NAME [options], see --help", allow_abbrev=False)

@@ -12,6 +12,7 @@ import reproduce_embedded
 import reproduce_schedules
 import reproduce_schedules_images
 import reproduce_spaces
+import reproduce_spaces_images
 import reproduce_theorems
 import reproduce_weightings
 import targets
@@ -68,7 +69,7 @@ RESULTS = {
     "adapted-densities": (reproduce_schedules.fig_adapted, "densities of log-SNR that training arrives at, VDM 4.130"),
     "schedules-images": (reproduce_schedules_images.table, "bits/dim of images, each density of t: --data, --budget"),
     **reproduce_theorems.RESULTS, **reproduce_spaces.RESULTS, **reproduce_embedded.RESULTS,
-    **reproduce_weightings.RESULTS,
+    **reproduce_spaces_images.RESULTS, **reproduce_weightings.RESULTS,
 }
-TABLES = ("loss-variance", "epochs", "schedules-images", "spaces", "embedded", "weightings",
+TABLES = ("loss-variance", "epochs", "schedules-images", "spaces", "embedded", "spaces-images", "weightings",
           *reproduce_theorems.TABLES)
