@@ -7,6 +7,7 @@ Not here: what the results show, which is written in results/vdm/README.md.
 import torch
 
 import plots_weightings
+import reproduce_control
 import targets
 import weightings
 from ddpm import SCHEDULES
@@ -57,5 +58,6 @@ def fig_densities(study, path):
 RESULTS = {
     "weights": (fig_weights, "every loss as a weight of log-SNR, by target; dashed: not monotone"),
     "densities": (fig_densities, "density of log-SNR of every schedule, t uniform"),
+    **reproduce_control.RESULTS,
 }
-TABLES = ()
+TABLES = reproduce_control.TABLES
