@@ -31,7 +31,7 @@ import variance as variances
 from decoders import discretised
 
 TESTED = 250          # test images at once
-LIKELIHOOD = dict(num=500, batch_size=50, draws=16, num_ode=16, probes=1)     # defaults of likelihood.py
+LIKELIHOOD = dict(num=500, batch_size=50, draws=16, num_ode=16, probes=1, dequantisation="uniform")    # likelihood.py
 
 
 def load(config, split="test", data_dir="data"):

@@ -7,8 +7,9 @@ Read `losses.py` and `samplers.py` first. Thesis 3.1.2, Eq. (3.6); VDM 3.6-3.10;
                + diffusion      sum of T terms E[1/2 (SNR(s) - SNR(t)) |x_hat - x|^2], or its limit, D times `nelbo`
 
 z_0 and z_1 are z at t_min and 1 - t_min. All are sums over dimensions, in nats, a number for each example. Images have
-256 grey levels, their likelihood is a probability; that of points is a density. The ODE turns data into noise one to
-one: the log-density of the noise, and the divergence on the way, give that of the data without a bound, as a density.
+256 grey levels, their likelihood is a probability; that of points is a density. The ODE gives the density of the data
+without a bound: `flow.py`; levels have one with noise: `dequantise.py`. The diffusion term has less noise by the known
+loss of another denoiser: `control.py`.
 
 The bound's model draws z_0 and then x given z_0; the sampler `ancestral` returns the x_hat of one step above t_min.
 They are two models, with one network, as bound and ODE are. The likelihood of the model of the bound is that of its
@@ -19,7 +20,7 @@ Not here: the exact log-density of the 2D data, `datasets2d.log_prob`, with whic
     python likelihood.py                          # the newest run
     python likelihood.py --ckpt runs/rings-* --steps 64            # the bound of 64 discrete steps
     python likelihood.py --ckpt runs/rings-* --steps 64 --variance large     # beta in place of the thesis's sigma_Q^2
-    python likelihood.py --ckpt runs/fashion_mnist-v-mse-s0 --num 500
+    python likelihood.py --ckpt runs/fashion_mnist-v-mse-s0 --num 500 --dequantisation truncated-normal
 """
 import argparse
 import json
@@ -33,104 +34,54 @@ import invariance
 import losses
 import progress as clock
 import run
-import samplers
 import settings
 import tables
 import threads
 import variance as variances
+from control import gaussian_diffusion, gaussian_model, reduced
 from ddpm import SCHEDULES
-from decoders import discretised, gaussian, nats, prior, reconstruction
+from decoders import discretised, gaussian, prior, reconstruction
+from dequantise import DEQUANTISATIONS
+from flow import log_likelihood
 
 
 @torch.no_grad()
 def bound(model, x, *, target, schedule, decoder=gaussian, steps=None, variance="small", data=None, uniform="logsnr",
-          draws=16, t_min=1e-3, stabiliser=0.0, generator=None):
+          draws=16, t_min=1e-3, stabiliser=0.0, generator=None, control=True):
     """The bound on -log p(x) for each example, Eq. (3.6), VDM 3.60: x (B, ...) -> dict of (B,) in nats.
 
     "prior", "reconstruction", "diffusion" sum to the bound; "error" is the standard error of the last over draws of t
     and noise. steps: T of the discrete bound, Eq. (3.18), with a variance of `variance.VARIANCES` (`best` needs data);
-    None: continuous time, Eq. (3.20), t from `losses.draw_t`.
+    None: continuous time, Eq. (3.20), t from `losses.draw_t`, and with the control variate of `control.py`, of data of
+    x's own mean and variance in each dimension: the mean is the same, the error smaller.
     """
     objective, dimensions = dict(target=target, schedule=schedule, stabiliser=stabiliser), x[0].numel()
     if steps is None:
         t, importance = (c.to(x.device) for c in losses.draw_t(          # drawn on the CPU without a generator
             (draws, len(x)), schedule, t_min, "uniform" if uniform == "t" else uniform, generator, x.dtype))
+        mean, var = x.mean(0), x.var(0, correction=0)
+        of_gaussian, known = gaussian_model(mean, var, schedule), gaussian_diffusion(x, mean, var, schedule, t_min)
     else:
         u = losses.sample_t((draws, len(x)), 0.0, generator, x.dtype)        # discrete_loss moves it
         i = (u * steps).long().clamp(max=steps - 1) + 1
     noise = lambda: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    diffusion, decoded = [], []
+    diffusion, variate, decoded = [], [], []
     for k in range(draws):
         eps = noise()
         if steps is None:
-            integral = (1 - 2 * t_min) * importance[k] * losses.loss(model, x, t[k], eps, loss="nelbo", **objective)
-            diffusion.append(dimensions * integral)
+            integral = dimensions * (1 - 2 * t_min) * importance[k]
+            diffusion.append(integral * losses.loss(model, x, t[k], eps, loss="nelbo", **objective))
+            variate.append(integral * losses.loss(of_gaussian, x, t[k], eps, target="eps", loss="nelbo",
+                                                  schedule=schedule))
         else:
             diffusion.append(dimensions * losses.discrete_loss(
                 model, x, i[k], eps, steps=steps, t_min=t_min, variance=variance, data=data, **objective))
         decoded.append(reconstruction(x, noise(), schedule.ends(t_min)[1], decoder))
     diffusion = torch.stack(diffusion)
+    if control and steps is None:
+        diffusion = reduced(diffusion, torch.stack(variate), known)
     return {"prior": prior(x, schedule, t_min), "reconstruction": torch.stack(decoded).mean(0),
             "diffusion": diffusion.mean(0), "error": diffusion.std(0) / draws**0.5}
-
-
-def log_likelihood(model, x, *, target, schedule, steps=64, tolerance=None, probes=None, t_min=1e-3, stabiliser=0.0,
-                   generator=None):
-    r"""Exact log-density of data under the probability flow ODE (Song et al. 2021, Eq. 39): x (B, ...) -> (B,) in nats.
-
-    log p(x) = log N(z_1; 0, alpha^2 + sigma^2) + integral of the divergence of dz/dt over t, from z_0 = alpha x at
-    t_min to z_1 at 1 - t_min, + D log alpha of t_min, as z_0 is alpha times x. Returns it and the number of evaluations
-    of the network. steps: of the classical Runge-Kutta method, four evaluations each, equal in log-SNR because what a
-    network gets wrong near the ends is multiplied by dlogsnr/dt; tolerance: adaptive ones, scipy's RK45, relative and
-    absolute, for each example as if it were alone. probes: None is the exact divergence, one backward pass for each
-    dimension; a number is Hutchinson's estimate with so many random signs, the same at every t. ValueError: flow not
-    finite, or tolerance not reached.
-    """
-    denoise, dimensions, evaluations = samplers.denoiser(model, target, schedule, stabiliser), x[0].numel(), 0
-    like = dict(device=x.device, dtype=x.dtype)
-    if probes:
-        probe = 2 * torch.randint(0, 2, (probes, *x.shape), generator=generator, device=x.device).to(x) - 1
-    else:
-        probe = torch.eye(dimensions, **like).reshape(dimensions, 1, *x.shape[1:])
-
-    def slope(t, state):
-        """d/dt of (z, integral of the divergence): (B, D + 1) -> (B, D + 1)."""
-        nonlocal evaluations
-        evaluations += 1
-        z, t = state[:, :-1].reshape(x.shape).detach().requires_grad_(), torch.tensor(t, **like)
-        with torch.enable_grad():
-            dz_dt = samplers.flow(z, denoise(z, t)[1], t, schedule)
-            if not dz_dt.isfinite().all():
-                raise ValueError("its flow is not finite - train it longer, or with another --loss")
-            products = [e * torch.autograd.grad(dz_dt, z, e.expand(z.shape), retain_graph=True)[0] for e in probe]
-        divergence = torch.stack([nats(product) for product in products]).sum(0) / (probes or 1)
-        return torch.cat([dz_dt.detach().flatten(1), divergence[:, None]], 1)
-
-    start, end = torch.tensor([t_min, 1 - t_min], **like)
-    state = torch.cat([schedule.alpha(start) * x.flatten(1), x.new_zeros(len(x), 1)], 1)
-    if tolerance:
-        from scipy.integrate import solve_ivp  # here: nothing else needs it
-        numbers = lambda state: state.cpu().double().numpy().ravel()
-        tensor = lambda numbers: torch.from_numpy(numbers).reshape(len(x), -1).to(**like)
-        each = tolerance / len(x)**0.5     # RK45 takes the root of a mean over all B (D + 1) numbers
-        solution = solve_ivp(lambda t, state: numbers(slope(t, tensor(state))), (t_min, 1 - t_min), numbers(state),
-                             rtol=each, atol=each, t_eval=[1 - t_min])
-        if not solution.success:
-            raise ValueError(f"its flow cannot be integrated to {tolerance:g} - "
-                             "make --tolerance larger, or leave it out")
-        state = tensor(solution.y)
-    else:
-        times = samplers.GRIDS["logsnr"](steps + 1, schedule, t_min, dtype=torch.float64).tolist()[::-1]
-        for t, later in zip(times, times[1:]):
-            h = later - t
-            a = slope(t, state)
-            b = slope(t + h / 2, state + h / 2 * a)
-            c = slope(t + h / 2, state + h / 2 * b)
-            d = slope(later, state + h * c)
-            state = state + h / 6 * (a + 2 * b + 2 * c + d)
-    var = schedule.alpha(end)**2 + schedule.sigma(end)**2
-    log_p = -0.5 * (state[:, :-1]**2 / var + torch.log(2 * math.pi * var)).sum(1)
-    return log_p + state[:, -1] + dimensions * schedule.alpha(start).log(), evaluations
 
 
 def variance_of(config, variance, steps):
@@ -142,14 +93,14 @@ def variance_of(config, variance, steps):
 
 def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="logsnr", num_ode=None, ode_steps=64,
              tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None,
-             under=None, own=None):
+             under=None, own=None, dequantisation="uniform"):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
     x: points (n, D), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
     num_ode of them (all); draws, steps are those of `bound`, ode_steps, tolerance, probes of `log_likelihood`. Images
-    have a density only when spread over their bins: "exact" is then that of x plus uniform noise, minus D log(2 / 255),
-    the bins' width: on average it is not below -log P(x) (Theis et al. 2016). t_min: `run.smallest_t`. Of a run on a
-    chain the bound is of its own steps and variance, or those asked for, all terms; model: with `out`. under: schedule.
+    have a density only with noise in their bins, of `dequantise.DEQUANTISATIONS`: "exact" is then log q(u | x) more, on
+    average not below -log P(x). t_min: `run.smallest_t`. Of a run on a chain the bound is of its own steps and
+    variance, or those asked for, all terms; model: with `out`. under, own: of `invariance.of_run`.
     """
     images, variance, data = x.ndim > 2, variance_of(config, variance, steps), None
     target, t_min = variances.predicted(config["target"]), run.smallest_t(config, t_min, "flow")
@@ -168,11 +119,13 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
             part = bound(model, rows, steps=steps, uniform=uniform, t_min=t_min, **how, **shared)
         rows = rows[:max(0, num_ode - i)]
         if len(rows):
+            log_q = 0.0
             if images:
-                rows = rows + (2 * torch.rand(rows.shape, generator=generator, device=x.device) - 1) / 255
+                std = math.exp(-0.5 * shared["schedule"].ends(t_min)[1])               # sigma / alpha
+                rows, log_q = DEQUANTISATIONS[dequantisation](rows, std, generator)
             log_p, part["evaluations"] = log_likelihood(alone, rows, steps=ode_steps, tolerance=tolerance,
                                                         probes=probes, t_min=t_min, **shared)
-            part["exact"] = -log_p - (rows[0].numel() * math.log(2 / 255) if images else 0)
+            part["exact"] = log_q - log_p
         parts.append(part)
         progress(min(i + batch_size, len(x)))
     evaluations = max(part.pop("evaluations", 0) for part in parts)
@@ -184,7 +137,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
 
 
 SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "variance", "uniform", "num_ode", "ode_steps",
-            "tolerance", "probes", "chains", "under")      # that a result depends on
+            "tolerance", "probes", "dequantisation", "chains", "under")      # that a result depends on
 
 
 def complete(args, one):
@@ -227,6 +180,7 @@ def parse(argv):
     group.add_argument("--tolerance", type=settings.number(float, 1e-12, 1), help="adaptive steps instead")
     group.add_argument("--probes", type=settings.number(int, 1, 10**6),
                        help="of Hutchinson's divergence (points: exact, images: 1)")
+    group.add_argument("--dequantisation", choices=DEQUANTISATIONS, help="noise in the bins of images (uniform)")
     parser.add_argument("--out", type=settings.folder,
                         help="folder for the result (the run's folder), with one in it for each of several runs")
     parser.add_argument("--csv", type=settings.file, metavar="PATH",
@@ -243,7 +197,7 @@ def parse(argv):
 def main(argv=None):
     asked = parse(argv)
     device, chosen = run.device(asked.device), run.chosen(asked.ckpt, asked.out)
-    run.of_images(asked, dict(data_dir="data"), chosen[0][0].config)
+    run.of_images(asked, dict(data_dir="data", dequantisation=None), chosen[0][0].config)
     for one, _ in chosen:                                  # before hours of work, not after
         try:
             variance_of(one.config, asked.variance, asked.steps)
@@ -278,7 +232,8 @@ def main(argv=None):
                 terms, evaluations = evaluate(
                     model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
-                    run.generator(device, args.seed, "likelihood"), progress, args.under, one.schedule)
+                    run.generator(device, args.seed, "likelihood"), progress, args.under, one.schedule,
+                    args.dequantisation)
                 if args.chains:
                     terms |= chains.terms(chains.of_run(
                         one, x, args.chains, args.steps, args.variance, args.t_min, args.batch_size,

@@ -8,6 +8,7 @@ Not here: what the results show, which is written in results/vdm/README.md.
 import torch
 
 import plots_weightings
+import reproduce_control
 import reproduce_embedded
 import reproduce_schedules
 import reproduce_schedules_images
@@ -69,7 +70,7 @@ RESULTS = {
     "adapted-densities": (reproduce_schedules.fig_adapted, "densities of log-SNR that training arrives at, VDM 4.130"),
     "schedules-images": (reproduce_schedules_images.table, "bits/dim of images, each density of t: --data, --budget"),
     **reproduce_theorems.RESULTS, **reproduce_spaces.RESULTS, **reproduce_embedded.RESULTS,
-    **reproduce_spaces_images.RESULTS, **reproduce_weightings.RESULTS,
+    **reproduce_spaces_images.RESULTS, **reproduce_weightings.RESULTS, **reproduce_control.RESULTS,
 }
 TABLES = ("loss-variance", "epochs", "schedules-images", "spaces", "embedded", "spaces-images", "weightings",
-          *reproduce_theorems.TABLES)
+          *reproduce_theorems.TABLES, *reproduce_control.TABLES)

@@ -55,7 +55,7 @@ def likelihood(one, terms, args, show=print, **facts):
     steps = args.steps or config["timesteps"]
     result = dict(run=str(one.folder), n=n, n_exact=len(terms.get("exact", [])), dimensions=dimensions,
                   steps=steps, variance=(args.variance or config["variance"]) if steps else None, uniform=args.uniform,
-                  ode_steps=args.ode_steps, tolerance=args.tolerance,
+                  ode_steps=args.ode_steps, tolerance=args.tolerance, dequantisation=args.dequantisation,
                   t_min=run.smallest_t(config, args.t_min, "flow"), seed=args.seed, **facts)
     standardised = "" if "points" not in config else " (standardised: in the file's units add {:.4f} nats)".format(
         sum(map(math.log, config["points"]["scale"])))
@@ -81,7 +81,8 @@ def likelihood(one, terms, args, show=print, **facts):
              .format(**result))
     if "exact" in terms:
         line("exact", terms["exact"], f"flow, {facts['evaluations']} function evaluations, "
-                                      f"{result['n_exact']:,} {settings.kind(config)}")
+                                      f"{result['n_exact']:,} {settings.kind(config)}"
+                                      + (f", {args.dequantisation} noise" if args.dequantisation else ""))
     surprise = one.kind.surprise(config)
     if surprise is not None:
         line("entropy", surprise, f"of the data, {len(surprise):,} {settings.kind(config)}")
