@@ -173,7 +173,6 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("flow.py", "each = tolerance / len(x)**0.5", "each = tolerance"),
     ("likelihood.py", 'run.smallest_t(config, t_min, "flow")', "t_min or 1e-3"),
     ("tables.py", "if getattr(args, name) != default]", "if False]"),
-    ("tables.py", "if getattr(args, name) != default]", "if False]"),
     ("dequantise.py", "HALF = 1 / 255", "HALF = 1 / 127"),
     ("dequantise.py", "-math.log(2 * HALF)", "-math.log(HALF)"),
     ("likelihood.py", "discretised if images else gaussian,", "gaussian,"),
