@@ -13,6 +13,7 @@ RECIPES = {
     "logsnr":     (["--t-density", "logsnr"], ["nelbo"]),
     "adaptive":   (["--t-density", "adaptive"], ["nelbo"]),
     "loss-aware": (["--t-density", "loss_aware"], ["nelbo"]),
+    "learned":    (["--schedule", "learned"], ["nelbo"]),
     **{f"schedule-{name}": (["--schedule", name], ["mse"]) for name in ddpm.SCHEDULES},
     # Foundations: Ho et al.'s chain; then Nichol and Dhariwal's in T steps
     **{f"chain-{name}": ([*CHAIN, "--variance", name], names) for name, names in {

@@ -17,10 +17,12 @@ import plots_weightings
 import weightings
 from datasets2d import DATASETS, FOUR
 from ddpm import SCHEDULES
+from learned_schedule import Learner
 from study import cell, exact_nelbo, rows
 
-# Densities by their recipe. A row of a learned schedule: "learned": "learned".
-DENSITIES = {"uniform": "exact", "logsnr": "logsnr", "adaptive": "adaptive", "loss_aware": "loss-aware"}
+# Densities by their recipe; learned is that of a learned schedule.
+DENSITIES = {"uniform": "exact", "logsnr": "logsnr", "adaptive": "adaptive", "loss_aware": "loss-aware",
+             "learned": "learned"}
 DRAWS, EPOCHS, NEAR = 100_000, 20, 0.05        # NEAR: nats, both dimensions together
 
 
@@ -45,9 +47,11 @@ def loss_variance(study):
 
 def spread(one):
     """Std / mean of the training loss of a run's network, with the t it would draw next: of one draw, of a batch."""
-    config, moments, model = one.config, one.checkpoint.get("moments"), one.model()
+    config, moments, model, learned = one.config, one.checkpoint.get("moments"), one.model(), None
+    if "schedule" in one.checkpoint:
+        model, learned = model.network, [Learner(config, one.checkpoint["schedule"])]
     _, z, t, y, w = batches.epoch([kind_points.load(config, "train")], config["epochs"], [config],
-                                  None if moments is None else [moments])                   # (steps, batch_size, ...)
+                                  None if moments is None else [moments], learned)          # (steps, batch_size, ...)
     errors = torch.stack([losses.weighted_error(model(z, t), y, w) for z, t, y, w in zip(z, t, y, w)])
     steps = errors.mean(1)
     return {"draw": (errors.std() / errors.mean()).item(), "step": (steps.std() / steps.mean()).item()}
