@@ -23,7 +23,7 @@ import stack
 import targets
 import train
 import train_points
-from datasets2d import DATASETS
+from datasets2d import DATASETS, GaussianMixture
 from ddpm import SCHEDULES
 
 FAST = "--data clusters --width 8 --epochs 2 --batch-size 500 --device cpu --target v --labels".split()
@@ -233,6 +233,13 @@ def test_what_labels_are_not_for(words, sentence, tmp_path, capsys):
     assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
+def test_a_dataset_without_classes_has_no_labels(monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "clusters", GaussianMixture(DATASETS["clusters"].centres, DATASETS["clusters"].std))
+    with pytest.raises(SystemExit):
+        of()
+    assert "--labels: clusters has none - leave it out" in capsys.readouterr().err
+
+
 def test_a_stack_with_labels_has_one_dataset(runs):
     one = run.open(runs / "clusters-v-mse-s0").config
     assert settings.alike(one) != settings.alike(one | {"data": "rings"})
@@ -260,8 +267,9 @@ def test_the_cells_of_networks(runs, monkeypatch):
     distances = [metrics.sliced_wasserstein(*pair).item() for pair in ((x, real), (x, exact), (exact, real))]
     assert found["clusters", "v", "mse", 1]["2 flow"] == pytest.approx(
         [*distances, *reproduce_guidance.measured("clusters", x)], rel=1e-4)
+    others = {("rings", *key[1:]): {how: [9.0] * 6 for how in result} for key, result in found.items()}
     study = SimpleNamespace(args=SimpleNamespace(num_samples=2000, epochs=2, seeds=2),
-                            trained=lambda *arguments, **options: members, measured=lambda *arguments: found)
+                            trained=lambda *arguments, **options: members, measured=lambda *arguments: found | others)
     row = next(line for line in reproduce_guidance.trained(study) if line.startswith("| clusters | 2 | flow |"))
     cells = row.strip("| ").split(" | ")[3:]
     assert cells[0] == f"{distances[2]:.3f}"
