@@ -1,6 +1,7 @@
 """Tables and figure of densities of t: cells from numbers that are given, then all of them from a small study."""
 import json
 import math
+import re
 import statistics
 from types import SimpleNamespace
 
@@ -96,12 +97,14 @@ def test_variances_of_the_exact_denoiser(made):
 def test_what_was_learned_with_each_density(made):
     folder, _, _ = made
     lines = {line[1]: line for line in table(folder, "epochs")[2:]}
-    assert list(lines) == ["uniform", "logsnr", "adaptive", "loss_aware"]
+    assert list(lines) == ["uniform", "logsnr", "adaptive", "loss_aware", "learned"]
     best = study.exact_nelbo(DATASETS["clusters"].optimal_model("x", SCHEDULES["cosine"]), "x", "clusters").mean()
     for density, recipe in reproduce_schedules.DENSITIES.items():
         runs = [run.open(folder / f"runs/{recipe}-2-epochs/clusters-v-nelbo-s{seed}") for seed in range(2)]
-        assert all(one.config["t_density"] == density for one in runs)
-        gaps = [(study.exact_nelbo(one.model(), "v", "clusters").mean() - best).item() for one in runs]
+        learned = density == "learned"
+        assert all(one.config["schedule" if learned else "t_density"] == density for one in runs)
+        networks = [one.model().network if learned else one.model() for one in runs]           # on the cosine's t
+        gaps = [(study.exact_nelbo(network, "v", "clusters").mean() - best).item() for network in networks]
         first = [[k + 1 for k, h in enumerate(one.history) if 2 * (h["test_nelbo"] - h["optimum_nelbo"]) < 2.5]
                  for one in runs]
         near = [found[0] for found in first if found]
@@ -115,13 +118,14 @@ def test_what_was_learned_with_each_density(made):
 
 def test_the_spread_is_of_draws_of_the_density(made):
     """By many more draws of the same network."""
-    for recipe in "logsnr", "adaptive":
+    for recipe in "logsnr", "adaptive", "learned":
         one = run.open(made[0] / f"runs/{recipe}-2-epochs/clusters-v-nelbo-s0")
         g, moments = torch.Generator().manual_seed(1), one.checkpoint.get("moments")
-        t, importance = adaptive.draw((60_000,), one.config, moments, g)
+        t, importance = ((losses.sample_t((60_000,), 1e-3, g), 1.0) if recipe == "learned"
+                         else adaptive.draw((60_000,), one.config, moments, g))
         x = DATASETS["clusters"].sample(60_000, g)
         terms = importance * losses.loss(one.model(), x, t, torch.randn(x.shape, generator=g),
-                                         **losses.objective(one.config))
+                                         **losses.objective(one.config) | {"schedule": one.schedule})
         found = reproduce_schedules.spread(one)
         assert found["draw"] == pytest.approx((terms.std() / terms.mean()).item(), rel=0.15)
 
@@ -165,8 +169,8 @@ def test_a_run_on_images_is_measured_in_bits(monkeypatch):
                         lambda *of: torch.zeros(5, 1, 2, 2, dtype=torch.uint8))
     monkeypatch.setattr(reproduce_schedules_images.likelihood, "evaluate", lambda model, x, *of, **how: (
         asked.append((x, of, how)), ({"bound": torch.tensor([4.0, 8.0, 12.0]) * math.log(2)}, 0))[1])
-    one = SimpleNamespace(config=config, model=lambda: None, history=[dict(gradient_norms=[1.0, 4.0]),
-                                                                      dict(gradient_norms=[2.0])])
+    one = SimpleNamespace(config=config, model=lambda: None, schedule=None, history=[dict(gradient_norms=[1.0, 4.0]),
+                                                                                     dict(gradient_norms=[2.0])])
     found = reproduce_schedules_images.measure(one, "data")
     assert found == {"bound": pytest.approx([1, 2, 3]), "median": 2.0, "maximum": 4.0}
     (x, of, how), = asked
@@ -197,9 +201,11 @@ def test_the_table_of_images_is_paired_and_has_equal_steps(tmp_path, monkeypatch
     assert cells(lines)[2:] == [["uniform", "4.500 +- 1.000", "-", "0.5", "1"],
                                 ["logsnr", "4.000 +- 1.000", "-0.500 +- 0.000", "0.5", "2"],
                                 ["adaptive", "3.500 +- 1.000", "-1.000 +- 0.000", "0.5", "3"],
-                                ["loss_aware", "3.000 +- 1.000", "-1.500 +- 0.000", "0.5", "4"]]
+                                ["loss_aware", "3.000 +- 1.000", "-1.500 +- 0.000", "0.5", "4"],
+                                ["learned", "2.500 +- 1.000", "-2.000 +- 0.000", "0.5", "5"]]
     assert "77 steps of 8 images in fp32, 15 parameters" in lines[-1] and "1x2x2" in lines[-1]
     first, *others = (" ".join(argv) for argv in calls)
-    assert "--minutes 2.5" in first and "--t-density" not in first and "--channels 8" in first
+    assert "--minutes 2.0" in first and "--t-density" not in first and "--channels 8" in first
     assert all("--train-steps 77" in other for other in others)
-    assert [other.split("--t-density ")[1].split()[0] for other in others] == ["logsnr", "adaptive", "loss_aware"]
+    assert ["--t-density logsnr", "--t-density adaptive", "--t-density loss_aware", "--schedule learned"] == [
+        found for other in others for found in re.findall(r"--(?:t-density|schedule) \w+", other)]
