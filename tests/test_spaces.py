@@ -184,7 +184,7 @@ def made(tmp_path_factory):
             (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
             (plots, "DPI", 30), (reproduce_spaces, "FOUR", SETS), (reproduce_weightings, "FOUR", SETS),
             (reproduce_spaces, "SPACES", three), (reproduce_spaces, "TARGETS", [*three]),
-            (reproduce_spaces, "SAMPLER", (4, "dpmpp", "logsnr")), (reproduce_embedded, "TESTED", 500),
+            (reproduce_spaces, "SAMPLER", (4, "dpmpp", "logsnr")), (reproduce_embedded, "TESTED", 2000),
             (reproduce_spaces.trained, "__defaults__", ([*three], None)),
             (reproduce_embedded, "DIMENSIONS", (2, 5)), (reproduce_embedded, "SPACES", two),
             (reproduce_weightings, "LOSSES", ("nelbo", "edm", "simple", "v_space")),
