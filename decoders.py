@@ -29,7 +29,7 @@ def prior(x, schedule, t_min=1e-3):
 
 def prior_at(x, logsnr):
     """`prior` of z_1 at this log-SNR, a number or a tensor ()."""
-    logsnr = torch.as_tensor(logsnr).to(x)
+    logsnr = torch.as_tensor(logsnr, dtype=x.dtype, device=x.device)
     return nats(0.5 * (torch.sigmoid(logsnr) * (x**2 - 1) + torch.nn.functional.softplus(logsnr)))
 
 
@@ -82,7 +82,8 @@ def reconstruction(x, eps, logsnr, decoder):
 
     Of a Gaussian its mean over eps, whatever eps is given: eps enters as a square, whose mean is 1.
     """
-    eps, log_var = torch.ones_like(x) if decoder is gaussian else eps, torch.as_tensor(-logsnr).to(x)
+    eps = torch.ones_like(x) if decoder is gaussian else eps
+    log_var = torch.as_tensor(-logsnr, dtype=x.dtype, device=x.device)
     return nats(decoder(x, x + torch.exp(0.5 * log_var) * eps, log_var))
 
 

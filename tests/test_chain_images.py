@@ -264,7 +264,7 @@ def test_mistakes_and_the_next_command(trained, folder, tmp_path, monkeypatch, c
     argv = ["--data", str(folder), "--out", str(tmp_path / "runs"), *SMALL, *RUNS["aware"].split()]
     with monkeypatch.context() as patch:
         patch.setattr(run, "processes", lambda device: (0, 2))
-        with pytest.raises(SystemExit, match="loss_aware and --schedule learned are for one process"):
+        with pytest.raises(SystemExit, match="--t-density loss_aware is for one process"):
             train.main(argv)
     assert not list(tmp_path.rglob("*.png")) and not (tmp_path / "runs").exists()
     train.main([*argv, "--epochs", "1"])

@@ -79,8 +79,9 @@ def test_the_table_of_few_evaluations(study):
 @pytest.mark.parametrize("distance, gap, slow_gap, expected", [
     (1.0, 0.1, 0.1, True), (1.19, 0.14, 0.1, True), (1.21, 0.1, 0.1, False), (1.0, 0.16, 0.1, False),
     (1.0, 0.04, 0.1, False), (1.0, 0.03, 0.0, True), (1.0, -0.01, 0.1, False)])
-def test_what_is_at_the_floor(distance, gap, slow_gap, expected):
+def test_what_is_at_the_floor(distance, gap, slow_gap, expected, monkeypatch):
     """A floor of 1 +- 0.1, gaps that may differ by 0.05 nats, two seeds."""
+    monkeypatch.setattr(reproduce_few, "WITHIN", 0.05)
     def results(distance, gap):
         one = {name: distance for name in reproduce_few.DISTANCES} | {
             f"{name}_floor": {"mean": 1.0, "std": 0.1} for name in reproduce_few.DISTANCES}

@@ -37,7 +37,7 @@ def test_training_imports_no_compiler(tmp_path):
 @pytest.fixture
 def trained():
     """Gradients of three steps and two equal networks of two members."""
-    config = dict(width=16, schedule="cosine", lr=0.1)
+    config = dict(data="rings", width=16, schedule="cosine", lr=0.1)
     torch.manual_seed(0)
     ours = kind_points.build_model(config, 2)
     theirs = kind_points.build_model(config, 2)

@@ -191,10 +191,12 @@ def test_defaults_are_the_documented_ones():
                   warmup=1000, clip_norm=1.0, minutes=math.inf, train_steps=math.inf, test_every=2000,
                   grid_every=10_000, compile=None, dropout=0.0, flip=None)
     assert args == dict(kind="points", **dict.fromkeys(images), **shared, data=["rings"], epochs=100, batch_size=512,
-                        lr=1e-3, width=128, sigma=None, energy=False, activation="relu")
+                        lr=1e-3, width=128, sigma=None, energy=False, activation="relu",
+                        labels=False)
     of_images = train.parse(["--data", "cifar10"])
     assert vars(of_images) == dict(kind="images", **images, **shared, data=["cifar10"], epochs=500, batch_size=128,
-                                   lr=2e-4, width=None, sigma=None, energy=None, activation=None)
+                                   lr=2e-4, width=None, sigma=None, energy=None, activation=None,
+                                   labels=None)
     assert settings.configs(of_images)[0].items() >= unet.PRESETS["ddpm"].items()
     changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32",
                                              "--attention", "0"]))
@@ -223,7 +225,7 @@ def test_history_says_what_happened(tmp_path, monkeypatch):
     assert [p.name for p in folder.iterdir()] == ["config.json"]      # --overwrite removed the old run
     monkeypatch.undo()
     original = optimum.test
-    monkeypatch.setattr(optimum, "test", lambda *args: torch.tensor([[float("nan"), 1, 1]]))
+    monkeypatch.setattr(optimum, "test", lambda *args, **kw: torch.tensor([[float("nan"), 1, 1]]))
     with pytest.raises(SystemExit, match="not finite from step 10 on"):
         fit(tmp_path)
     monkeypatch.setattr(optimum, "test", original)
@@ -235,7 +237,7 @@ def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     state = run.load(folder)
     assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                                       "epochs", "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight",
-                                      "sigma", "energy", "activation"}
+                                      "sigma", "energy", "activation", "labels"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt

@@ -86,7 +86,7 @@ def test_sampling_says_how_long_it_takes(clock, capsys, monkeypatch, sampler):
     """After a tenth of the steps the time left is right; nothing stays on a terminal."""
     train.main([*WORDS, "1"])
     one = run.open("runs/clusters-eps-mse-s0")
-    monkeypatch.setattr(kind_points, "in_chunks", lambda model, members: clock.takes(1, model))
+    monkeypatch.setattr(kind_points, "in_chunks", lambda model, *_: clock.takes(1, model))
     capsys.readouterr()
     kind_points.draw(one, 40, 100, sampler=sampler)
     lines = capsys.readouterr().err.splitlines()
