@@ -1484,7 +1484,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_spaces.py", "(schedule.logsnr(t) - low) / (high - low)", "(high - schedule.logsnr(t)) / (high - low)"),
     ("reproduce_spaces.py", "index_add(0, k, terms) / len(t)", "index_add(0, k, terms) / len(t) * BINS"),
     ("reproduce_spaces.py", '"noise": range(3), "middle": range(3, 7)', '"noise": range(4), "middle": range(4, 7)'),
-    ("reproduce_spaces.py", '[seed]["bins"][k] for k in bins)', "[seed]['bins'][k] for k in range(BINS))"),
+    ("reproduce_spaces.py", 'seed]["bins"][k] for k in bins)', 'seed]["bins"][k] for k in range(BINS))'),
     ("reproduce_spaces.py", 'samples[key]["covariance_distance"]}', 'samples[key]["sliced_wasserstein"]}'),
     ("reproduce_embedded.py", "(0.5 * (high - low) / (1 - 2e-3) * error)", "((high - low) / (1 - 2e-3) * error)"),
     ("reproduce_embedded.py", "(x_hat - best_x).double().square().sum(1)", "(x_hat - x).double().square().sum(1)"),
