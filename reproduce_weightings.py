@@ -88,7 +88,9 @@ def seeds_left(study, values, loss):
 
 
 def ratio(value):
-    return f"{value:.2f}" if math.isfinite(value) else "-"
+    """As a cell of a table: fewer digits of a large one, as in `study.cell`."""
+    return "-" if not math.isfinite(value) else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}" \
+        if abs(value) < 1e6 else f"{value:.0e}"
 
 
 def weightings(study):

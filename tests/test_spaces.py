@@ -1,6 +1,7 @@
 """Targets, loss spaces, weightings and dimensions: measures of networks with known errors, then a small study."""
 import json
 import math
+import os
 import statistics
 from types import SimpleNamespace
 
@@ -146,7 +147,8 @@ def test_means_over_sets_and_what_is_left_of_the_target(monkeypatch):
     assert reproduce_weightings.seeds_left(study, keys, "a") == pytest.approx((2 + 1 + 3) / 3)
     keys["unequal", "x", "a", 1] = None
     assert reproduce_weightings.over_sets(study, keys, "x", "a") == [2, math.inf, 4]
-    assert reproduce_weightings.ratio(math.inf) == "-" and reproduce_weightings.ratio(1.234) == "1.23"
+    found = [reproduce_weightings.ratio(value) for value in (math.inf, 1.234, 174589.584, 2e7)]
+    assert found == ["-", "1.23", "174590", "2e+07"]
 
 
 def test_the_best_loss_and_those_that_seeds_do_not_tell_from_it():
@@ -221,7 +223,9 @@ def of_files(folder, recipe, names, file, value):
 
 
 def cell(values):
-    return f"{statistics.mean(values):.3f} +- {statistics.stdev(values):.3f}"
+    mean, std = statistics.mean(values), statistics.stdev(values)
+    return f"{mean:.3f} +- {std:.3f}" if abs(mean) < 100 else f"{mean:.0f} +- {std:.0f}" if abs(mean) < 1e6 \
+        else f"{mean:.0e} +- {std:.0e}"
 
 
 def test_every_table_and_figure_is_there_and_again_from_its_numbers(made):
@@ -278,7 +282,8 @@ def test_cells_of_weightings_are_the_numbers_of_their_runs(made):
         assert targets[0][1][k] == cell(of("weightings", "x", "nelbo", samples, lambda c: c[name]))  # noqa: B023
     means = [statistics.mean(of("weightings", target, "nelbo", samples, lambda c: c["sliced_wasserstein"]))
              for target in ("x", "eps", "v")]
-    assert left[1][5].split()[0] == f"{max(means) / min(means):.2f}"
+    largest = max(means) / min(means)
+    assert left[1][5].split()[0] == (f"{largest:.2f}" if largest < 100 else f"{largest:.0f}")
     gaps = {loss: statistics.mean(of_files(folder, recipe, f"unequal-v-{loss}", "nelbo-gap.json", lambda c: c["gap"]))
             for loss, recipe in (("nelbo", "weightings"), ("edm", "weightings"), ("simple", "spaces"),
                                  ("v_space", "spaces"))}
@@ -307,8 +312,9 @@ def test_the_table_of_images_has_equal_steps_and_each_runs_numbers(tmp_path, mon
         for target in "x", "eps", "v":
             for loss in "rescaled", "simple", "v_space":
                 folder = tmp_path / "images-spaces" / f"set-{target}-{loss}-s0"
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "ckpt.pt").touch()
+                if not folder.exists():                    # a finished run's checkpoint is left alone
+                    folder.mkdir(parents=True)
+                    (folder / "ckpt.pt").touch()
 
     def measure(one, data_dir):
         opened.append(one)
@@ -325,6 +331,9 @@ def test_the_table_of_images_has_equal_steps_and_each_runs_numbers(tmp_path, mon
                  if line.startswith("|")]
     assert len(opened) == 9 and "--minutes 2.0 --channels 8 --resume" in " ".join(calls[0])
     assert lines[2] == ["x", "rescaled", "0.1", "2", "3", "4.568 +- 0.050"] and lines[10][:3] == ["v", "v_space", "0.9"]
+    later = (tmp_path / "images-spaces/set-x-simple-s0/spaces.json").stat().st_mtime + 9
+    os.utime(tmp_path / "images-spaces/set-x-simple-s0/ckpt.pt", (later, later))      # trained again: measured again
+    assert "| x | simple | 1 | 2 | 3 | 4.568 +- 0.050 |" in reproduce_spaces_images.table(study) and len(opened) == 10
     drawn = []
 
     def draw(model, shape, steps, config, g, **how):
