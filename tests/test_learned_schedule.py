@@ -149,7 +149,8 @@ def test_the_update_of_vdm_is_the_gradient_of_the_square_in_one_backward_pass():
     passes = []
     model.register_full_backward_hook(lambda *args: passes.append(1))
     found = learned_schedule.squared_gradient(model, x, t, eps, schedule, target="v")
-    assert_close(found, each.detach()) and len(passes) == 1
+    assert_close(found, each.detach())
+    assert len(passes) == 1
     for weight, gradient in zip([*model.parameters(), *schedule.parameters()], expected):
         assert_close(weight.grad, gradient, rtol=1e-8, atol=1e-10)
 
