@@ -1296,7 +1296,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("settings.py", 'action="store_const", const="adaptive"', 'action="store_const", const="logsnr"'),
     ("reproduce_schedules.py", "2 * (value - best) < NEAR", "value - best < NEAR"),
     ("reproduce_schedules.py", "enumerate(values, 1)", "enumerate(values)"),
-    ("reproduce_schedules.py", "None if moments is None else [moments])", "None)"),
+    ("reproduce_schedules.py", "None if moments is None else [moments], learned)", "None, learned)"),
     ("reproduce_schedules.py", "losses.weighted_error(model(z, t), y, w)",
                                "losses.weighted_error(model(z, t), y, 1 + 0 * w)"),
     ("reproduce_schedules.py", "steps = errors.mean(1)", "steps = errors.mean(0)"),
