@@ -46,14 +46,14 @@ def reduced(loss, of_gaussian, known):
     """loss - b (of_gaussian - known), a loss of the same mean: (K, B) of K draws, known (B,) -> (K, B).
 
     b of a draw is that of least squares in the other draws, all examples together: being independent of what it
-    multiplies, it adds no bias. It is 0 where they do not tell it: fewer than 5 losses, or of_gaussian all but known.
+    multiplies, it adds no bias. It is 0 where they do not tell it: fewer than 10 losses, or of_gaussian all but known.
     """
     others = lambda c: (c.sum() - c.sum(1)) / (c.numel() - c.shape[1])         # mean over the other draws, (K,)
     y, c = loss - known, of_gaussian - known
     y, c = y - y.mean(), c - c.mean()                                          # no covariance changes, digits stay
     var = others(c * c) - others(c)**2
     clear = var > 1e-6 * (others(c * c) + others(y * y))                       # not rounding errors alone
-    b = torch.where(clear & (c.numel() - c.shape[1] >= 5), (others(y * c) - others(y) * others(c)) / var, 0)
+    b = torch.where(clear & (c.numel() - c.shape[1] >= 10), (others(y * c) - others(y) * others(c)) / var, 0)
     return loss - b[:, None] * (of_gaussian - known)
 
 

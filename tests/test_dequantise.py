@@ -68,7 +68,7 @@ def test_what_each_costs_a_perfect_model(pixel, loose, of_uniform):
         log_p = dequantise.log_prob(alpha * spread, p, alpha, sigma.item()) + alpha.log()
         surprise = -p.log()[((x_drawn[:, 0] + 1) * 127.5).round().long()]
         found = (log_q - log_p - surprise) / math.log(2)
-        assert abs(found.mean() - total) < 4 * found.std() / 20_000**0.5
+        assert abs(found.mean() - total) < 4 * found.std() / 20_000**0.5 + 2e-6
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
