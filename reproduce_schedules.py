@@ -23,7 +23,7 @@ from study import cell, exact_nelbo, rows
 # Densities by their recipe; learned is that of a learned schedule.
 DENSITIES = {"uniform": "exact", "logsnr": "logsnr", "adaptive": "adaptive", "loss_aware": "loss-aware",
              "learned": "learned"}
-DRAWS, EPOCHS, NEAR = 100_000, 20, 0.05        # NEAR: nats, both dimensions together
+DRAWS, EPOCHS, NEAR = 100_000, 20, 0.5        # NEAR: nats, both dimensions together
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def epochs(study):
             first = [first_within(study.curve(of, key, "test_nelbo"), of[key].history[-1]["optimum_nelbo"])
                      for key in keys]
             near = [epoch for epoch in first if epoch]
-            lines.append([data, density, cell(gaps), f"{statistics.mean(near):.1f}" * bool(near)
+            lines.append([data, density, cell(gaps), (f"{statistics.mean(near):.1f}" if near else "")
                           + f" ({len(near)} of {len(first)})" * (len(near) < len(first)),
                           cell([spreads[density][key]["draw"] for key in keys]),
                           cell([spreads[density][key]["step"] for key in keys])])
