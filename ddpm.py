@@ -230,7 +230,7 @@ SCHEDULES = {
 
 
 def fixed(name):
-    """The schedule of a run's config by name; where it is learned the cosine, the network's clock."""
+    """The schedule of a run by name; the cosine, the network's clock, where it is learned."""
     return SCHEDULES["cosine" if name == "learned" else name]
 
 
