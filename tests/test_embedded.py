@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import embedded
 import kind_points
+import optimum
 import settings
 import train
 from datasets2d import DATASETS, GaussianMixture
@@ -84,8 +85,18 @@ def test_names_are_a_rule_and_no_row():
             DATASETS[name]
 
 
-def test_a_run_of_it_is_one_of_points_in_D_dimensions(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def few_points(monkeypatch):
+    clear = lambda: [cached.cache_clear() for cached in (
+        optimum.optimal_predictions, optimum.optimal_errors, kind_points.floors)]
+    clear()
     monkeypatch.setattr(kind_points, "POINTS", 1250)
+    yield
+    clear()
+
+
+@pytest.mark.usefixtures("few_points")
+def test_a_run_of_it_is_one_of_points_in_D_dimensions(tmp_path, capsys):
     train.main(["--data", "rings-5", "rings-2", "rings", "--target", "x", "--loss", "v_space", "--epochs", "1",
                 "--width", "4", "--out", str(tmp_path), "--device", "cpu"])
     one = train.run.open(tmp_path / "rings-5-x-v_space-s0")

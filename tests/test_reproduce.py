@@ -201,8 +201,11 @@ def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path,
                     for root in (folder, tmp_path))
         assert len(old) == len(new)
         for a, b in zip(old, new):
-            same = [x == y or float(x) == pytest.approx(float(y), rel=1e-5) for x, y in zip(a.split(), b.split())]
-            assert all(same) or "training" in a or "reproduce.py" in a or "Monte Carlo" in a
+            if not ("training" in a or "reproduce.py" in a or "Monte Carlo" in a):
+                number = r"\d+\.?\d*(?:e[+-]?\d+)?"      # of eight digits in runs.jsonl: the last may differ
+                assert re.sub(number, "#", a) == re.sub(number, "#", b)
+                assert [float(n) for n in re.findall(number, a)] == pytest.approx(
+                    [float(n) for n in re.findall(number, b)], rel=1e-5)
     for name, before in drawn_before.items():
         call(name)
         for a, b in zip(numbers(before[0]), numbers(drawn[name][0]), strict=True):
