@@ -160,8 +160,8 @@ def test_the_terms_of_images_and_the_error():
 def test_uniform_log_snr_has_the_smaller_variance():
     data = DATASETS["clusters"]
     x = data.sample(2000, seed(0), F64)
-    errors = {uniform: exact_bound(data, x, uniform=uniform, draws=64, generator=seed(1))["error"].square().mean()
-              for uniform in ("logsnr", "t")}
+    errors = {uniform: exact_bound(data, x, uniform=uniform, draws=64, generator=seed(1), control=False)["error"]
+              .square().mean() for uniform in ("logsnr", "t")}
     assert errors["t"] > 10 * errors["logsnr"]
 
 
