@@ -104,7 +104,7 @@ def test_the_error_is_that_of_the_draws_and_a_fifth_of_the_variance_is_left():
 
 def test_data_that_do_not_vary_and_the_discrete_bound_are_as_they_were():
     how = dict(target="v", schedule=COSINE, draws=3)
-    x = torch.full((4, 2), 0.3, dtype=F64)
+    x = torch.full((40, 2), 0.3, dtype=F64)
     plain, less = (likelihood.bound(lambda z, t: 0.1 * z, x, generator=seed(0), control=on, **how)
                    for on in (False, True))
     assert_close(plain, less)
@@ -135,16 +135,20 @@ def test_few_losses_have_their_mean_and_the_error_that_is_said(K, B):
     assert found.var(1).mean() < 0.7 * loss.var(1).mean()
 
 
-def test_b_is_that_of_least_squares_in_the_other_draws():
-    loss, of_gaussian, known = (c[0] if c.ndim > 2 else c for c in drawn(4, 5, 1))
+@pytest.mark.parametrize("K, B", [(4, 5), (2, 10), (11, 1)])
+def test_b_is_that_of_least_squares_in_the_other_draws(K, B):
+    loss, of_gaussian, known = (c[0] if c.ndim > 2 else c for c in drawn(K, B, 1))
     found = control.reduced(loss, of_gaussian, known)
-    for k in range(4):
-        rest = [i for i in range(4) if i != k]
+    for k in range(K):
+        rest = [i for i in range(K) if i != k]
         y, c = ((part - known)[rest].flatten().numpy() for part in (loss, of_gaussian))
         assert_close(found[k], loss[k] - np.polyfit(c, y, 1)[0] * (of_gaussian - known)[k])
-    for few in (10, 1), (2, 9):
-        loss, of_gaussian, known = drawn(*few, 1)
-        assert torch.equal(control.reduced(loss[0], of_gaussian[0], known), loss[0])
+
+
+@pytest.mark.parametrize("K, B", [(10, 1), (2, 9)])
+def test_fewer_than_ten_other_losses_tell_no_b(K, B):
+    loss, of_gaussian, known = drawn(K, B, 1)
+    assert torch.equal(control.reduced(loss[0], of_gaussian[0], known), loss[0])
 
 
 # The tables

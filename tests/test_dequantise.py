@@ -105,6 +105,14 @@ def test_the_exact_denoiser_of_one_pixel(target):
     assert target in TARGETS
 
 
+def test_the_probabilities_of_the_pixels():
+    found = dequantise.pixels()
+    assert torch.equal(found["256 levels"], torch.full((256,), 1 / 256, dtype=F64))
+    assert found["every 8th"].nonzero()[:, 0].tolist() == list(range(4, 256, 8)) and found["every 8th"].sum() == 1
+    expected = stats.norm.pdf(LEVELS.numpy(), 0, 0.1)
+    assert_close(found["normal"], torch.from_numpy(expected / expected.sum()))
+
+
 def test_the_flow_of_the_exact_denoiser_has_the_density_of_z_0():
     p = dequantise.pixels()["every 8th"]
     x = torch.tensor([[0.0], [0.1], [-0.7]], dtype=F64) + 3 / 255
