@@ -14,6 +14,7 @@ import dequantise
 import kind_points
 import likelihood
 import reproduce_control
+import run
 from datasets2d import DATASETS, GaussianMixture
 from ddpm import SCHEDULES
 
@@ -159,12 +160,14 @@ def test_the_table_of_the_control_variate(monkeypatch):
     monkeypatch.setattr(reproduce_control, "REPEATS", 30)
     model, data = DATASETS["clusters"].optimal_model("v", COSINE), kind_points.load(dict(data="clusters"))[:40].double()
     found = reproduce_control.variances(model, "clusters", "v")
-    draws = {on: torch.stack([likelihood.bound(model, data, target="v", schedule=COSINE, draws=2, control=on,
-                                               generator=seed(k))["diffusion"] for k in range(100)])
-             for on in (False, True)}
-    for on, of_draw, of_mean in zip((False, True), found["draw"], found["mean"]):
-        assert of_draw == pytest.approx(2 * draws[on].var(0).mean().item(), rel=0.25)
-        assert of_mean == pytest.approx(80 * draws[on].mean(1).var().item(), rel=0.8)
+    for i, on in enumerate((False, True)):
+        terms = [likelihood.bound(model, data, target="v", schedule=COSINE, draws=2, control=on,
+                                  generator=run.generator("cpu", "control", "clusters", k)) for k in range(30)]
+        diffusion = np.array([term["diffusion"].tolist() for term in terms])                             # (30, 40)
+        errors = np.array([term["error"].tolist() for term in terms])
+        assert found["draw"][i] == pytest.approx(2 * (errors**2).mean(), rel=1e-9)
+        assert found["draw"][i] == pytest.approx(2 * diffusion.var(0, ddof=1).mean(), rel=0.25)
+        assert found["mean"][i] == pytest.approx(80 * diffusion.mean(1).var(ddof=1), rel=1e-9)
     asked, keys = [], [(data, "v", "mse", k) for data in ("clusters", "rings", "swiss_roll", "waves") for k in (0, 1)]
     measured = {key: {"draw": [6.0 + key[3], 2.0], "mean": [8.0, 1.0 + key[3]]} for key in keys}
     study = SimpleNamespace(args=SimpleNamespace(epochs=50, seeds=2), measured=lambda runs, part, measure: measured,
