@@ -34,13 +34,15 @@ def score_conflict(config):
 
 
 def mixed(args):
-    """Why the losses of the arguments of `train.py` cannot share a call, in words; None if they can."""
+    """What the losses of the arguments of `train.py` do not allow in one call, in words; None if nothing."""
     scores = [loss for loss in args.loss if loss in score_matching.OBJECTIVES]
     if scores and len(scores) < len(args.loss):
         return f"--loss {scores[0]} has no t and the others have: give them a call each"
     if "multi_scale" in args.loss and set(args.loss) != {"multi_scale"} and not (args.timesteps and args.schedule):
         return (f"--loss multi_scale brings --schedule ve --timesteps {LEVELS}: give it its own call, "
                 "or say these for all")
+    if args.vlb_weight is not None and "hybrid" not in args.loss:
+        return "--vlb-weight is of --loss hybrid alone - leave it out"
     return None
 
 

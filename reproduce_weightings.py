@@ -77,14 +77,18 @@ def best_of(values):
 
 def target_left(study, values, loss):
     """Largest over least of the three targets' means over sets and seeds: 1 if nothing is left of the target."""
-    means = [statistics.mean(over_sets(study, values, target, loss)) for target in TARGETS]
-    return max(means) / min(means)
+    return worst_over_best([statistics.mean(over_sets(study, values, target, loss)) for target in TARGETS])
 
 
 def seeds_left(study, values, loss):
     """The same of the seeds of a target, mean over the targets: how far from 1 chance alone is."""
     found = [over_sets(study, values, target, loss) for target in TARGETS]
-    return statistics.mean(max(c) / min(c) for c in found)
+    return statistics.mean(map(worst_over_best, found))
+
+
+def worst_over_best(values):
+    """Of gaps or distances; infinite where the best is at the optimum, 0, or by chance below it."""
+    return max(values) / min(values) if min(values) > 0 else math.inf
 
 
 def ratio(value):

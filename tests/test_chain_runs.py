@@ -540,6 +540,7 @@ TRAIN = [
     ("--timesteps 1", r"--timesteps: must be in \[2, 10000\], got 1"), ("--timesteps 0", "must be in"),
     ("--timesteps 1e3", "'1e3' is not a whole number"), ("--timesteps 9 --variance beta", "invalid choice: 'beta'"),
     ("--timesteps 9 --vlb-weight -1", "--vlb-weight: must be finite and at least 0|must be in"),
+    ("--timesteps 9 --vlb-weight 0.1 --loss mse vlb", "--vlb-weight is of --loss hybrid alone - leave it out"),
     ("--timesteps 9 --target u --loss nelbo_stable", "has no weight for target 'u'"),
     ("--timesteps 9 --variance best --data points.npy", "--variance best is known for .*clusters.* alone"),
     ("--timesteps 9 --variance best --data cifar10", "--variance best is known for .*clusters.* alone"),

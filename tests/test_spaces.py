@@ -149,6 +149,8 @@ def test_means_over_sets_and_what_is_left_of_the_target(monkeypatch):
     assert reproduce_weightings.over_sets(study, keys, "x", "a") == [2, math.inf, 4]
     found = [reproduce_weightings.ratio(value) for value in (math.inf, 1.234, 174589.584, 2e7)]
     assert found == ["-", "1.23", "174590", "2e+07"]
+    worst_over_best = reproduce_weightings.worst_over_best
+    assert [worst_over_best(c) for c in ([4, 2, 6], [0.0, 1], [-0.1, 1])] == [3, math.inf, math.inf]
 
 
 def test_the_best_loss_and_those_that_seeds_do_not_tell_from_it():
