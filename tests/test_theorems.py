@@ -212,13 +212,14 @@ def test_the_tables_from_a_small_study(tmp_path, monkeypatch, capsys):
         text = (tmp_path / "vdm" / f"{name}.md").read_text()
         return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
     table = cells("invariance")
-    assert [row[1] for row in table] == list(reproduce_theorems.SHOWN)
+    assert [row[1] for row in table] == [*reproduce_theorems.SHOWN, "learned"]
     for row in table:
         mean, error = map(float, row[2].split(" +- "))
         assert abs(mean - 7.131) < 5 * error and error < 1
         assert float(row[4]) > 6 and (row[1] == "cosine") == (row[6] == "-")
         assert row[1] == "cosine" or abs(float(row[6])) < 8 * float(row[5]) + 0.01
     assert float(table[3][3]) < float(table[0][3]) < float(table[1][3])               # ve, cosine, linear
+    assert float(table[5][3]) < 0.6 * float(table[0][3])       # after an epoch learned is still nearly that of ve
     assert cells("invariance", "--recorded") == table
     samples = cells("invariance-samples")
     assert [row[:3] for row in samples] == [*(["clusters", "t", name] for name in reproduce_theorems.SHOWN),
