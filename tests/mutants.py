@@ -1371,6 +1371,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("weightings.py", "w[-1] * bound[-1] - w[0] * bound[0]", "w[-1] * bound[-1]"),
     ("weightings.py", "steps.clamp(min=0).sum() /", "-steps.clamp(max=0).sum() /"),
     ("weightings.py", "> 1e-9 * w.abs().max()", "> 0"),
+    ("reproduce_theorems.py", "- loss_of(2 * T, schedule", "- loss_of(T, schedule"),
+    ("reproduce_theorems.py", "changes(one.schedule, one", 'changes(SCHEDULES["cosine"], one'),
     ("reproduce_theorems.py", '("learned", learned)]', '("learned", SCHEDULES["cosine"])]'),
     ("reproduce_theorems.py", "torch.cat([2 * losses.loss(network", "torch.cat([losses.loss(network"),
     ("reproduce_theorems.py", "(factor * eps_hat - eps)", "(eps_hat - eps)"),
