@@ -12,6 +12,7 @@ import torch
 import guidance
 import images
 import invariance
+import latent_data
 import movie
 import progress
 import run
@@ -24,8 +25,15 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
 
 
+def clips(config, clip):
+    """Is x_hat kept in [-1, 1]? If that is asked for, of images."""
+    return clip and "latents" not in config
+
+
 def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
+
+    shape: of what the model sees; latents are not clipped, and decoded.
 
     model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. own: the
     schedule of the Run, where it is learned. under: the name of another one, see `invariance.py`.
@@ -34,8 +42,8 @@ def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None
     model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own)
     with autocast(config, generator.device):
         x = samplers.sample(model, shape, steps, target=target, schedule=schedule, t_min=t_min, generator=generator,
-                            stabiliser=config["stabiliser"], clip=1.0 if clip else math.inf, **how)
-    return images.to_uint8(x)
+                            stabiliser=config["stabiliser"], clip=1.0 if clips(config, clip) else math.inf, **how)
+    return images.to_uint8(latent_data.decoded(x, config))
 
 
 def first_grid(z):
@@ -69,7 +77,7 @@ def draw_folder(folder, one, n, args, device):
     t_min = run.smallest_t(config, args.t_min, **args.how)
     settings = dict(run=one.name, step=one.checkpoint["step"],
                     test_loss=one.history[-1]["test_loss"] if one.history else None,
-                    steps=args.steps, **args.how, t_min=t_min, clip=args.clip,
+                    steps=args.steps, **args.how, t_min=t_min, clip=clips(config, args.clip),
                     sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"],
                     device=str(device)) | {key: config[key] for key in guidance.SAMPLING if key in config}
     present, names = own_images(folder), [f"{i:05d}.png" for i in range(n)]
@@ -105,7 +113,7 @@ def draw_folder(folder, one, n, args, device):
         x = draw(watched, (size, *config["shape"]), args.steps, config, generator, t_min, args.clip, one.schedule,
                  **how).cpu()
         if args.movie and i == 0:
-            frames = [*film.frames, (0.0, images.to_float(x[:n]))]
+            frames = [*((t, latent_data.decoded(z, config)) for t, z in film.frames), (0.0, images.to_float(x[:n]))]
             movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")
         for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)

@@ -45,8 +45,8 @@ GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")       # PI
 
 
 def to_float(x):
-    """uint8 levels 0 ... 255 -> float32 in [-1, 1], both ends exact."""
-    return x.float() / 127.5 - 1
+    """uint8 levels 0 ... 255 -> float32 in [-1, 1], both ends exact; what is float already, latents, as it is."""
+    return x if x.is_floating_point() else x.float() / 127.5 - 1
 
 
 def to_uint8(x):

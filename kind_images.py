@@ -19,6 +19,7 @@ import classifier
 import ddpm
 import guidance
 import images
+import latent_data
 import losses
 import metrics
 import progress
@@ -26,7 +27,7 @@ import run
 import tables
 import unet
 import variance as variances
-from decoders import discretised
+from decoders import discretised, gaussian
 from draw_images import draw_folder
 
 TESTED = 250          # test images at once
@@ -34,9 +35,19 @@ LIKELIHOOD = dict(num=500, batch_size=50, draws=16, num_ode=16, probes=1, dequan
 
 
 def load(config, split="test", data_dir="data"):
-    """The images of a run -> uint8 (N, C, H, W), on the CPU. Mistakes end in SystemExit."""
+    """The images of a run -> uint8 (N, C, H, W), or its latents, float, on the CPU. Mistakes end in SystemExit."""
+    if "latents" in config:
+        latent_data.of_run(config)
+        return latent_data.load(config["data"])[split]
     return images.load(config["data"], split, data_dir, config["image_size"], config["skip_corrupt"],
                        by_name="images" in config)
+
+
+def facts(name):
+    """What the config of a run on this data has besides settings: which images a folder has, or which latents."""
+    if name in images.IMAGES:
+        return {}
+    return {"latents": latent_data.facts(name)} if latent_data.is_folder(name) else {"images": images.facts(name)}
 
 
 def splits(name, args, by_name=True):
@@ -47,7 +58,9 @@ def splits(name, args, by_name=True):
     rank, world = run.processes()
     for turn in range(2):
         if turn == min(rank, 1):
-            sets = [images.load(name, split, args.data_dir, args.image_size, args.skip_corrupt, by_name)
+            latents = latent_data.load(name) if latent_data.is_folder(name) else None
+            sets = [latents[split] if latents else
+                    images.load(name, split, args.data_dir, args.image_size, args.skip_corrupt, by_name)
                     for split in ("train", "test")]
             labels = [images.labels(name, split, args.data_dir, args.skip_corrupt, by_name)
                       for split in ("train", "test") if args.labels]
@@ -61,9 +74,12 @@ def splits(name, args, by_name=True):
 def known(folder, config, args):
     """The config of a run, of a folder of images, as its checkpoint has it: older ones do not say which images.
 
-    SystemExit if the checkpoint was trained on others than the folder has now.
+    SystemExit if the checkpoint was trained on others than the folder has now, or on other latents.
     """
-    if args.overwrite or "images" not in config or not (folder / "ckpt.pt").exists():
+    if args.overwrite or not {"images", "latents"} & config.keys() or not (folder / "ckpt.pt").exists():
+        return config
+    if "latents" in config:
+        latent_data.source(run.load(folder)["config"])
         return config
     before, now = run.load(folder)["config"].get("images"), config["images"]
     if before and before != now:
@@ -87,7 +103,7 @@ def classes(config):
 
 
 def dimension(config):
-    """D, the number of grey levels of an image."""
+    """D, how many grey levels an image has, or latents numbers."""
     return math.prod(config["shape"])
 
 
@@ -109,22 +125,27 @@ def test_losses(config):
     return names
 
 
+def decoder(config):
+    """Of grey levels the probability of their bins; latents have none, and a density."""
+    return gaussian if "latents" in config else discretised
+
+
 def loss(prediction, x, t, y, w, config, importance=1.0):
     """The loss of each image in training, w that of its squared error: (B, C, H, W), t, w (B,) -> (B,)."""
     if config["loss"] not in losses.OF_A_CHAIN:
         return losses.weighted_error(variances.split(prediction, y)[0], y, w)
     columns = variances.columns(t, losses.chain_of(config), config["target"], config["loss"], config["stabiliser"],
                                 importance, config["vlb_weight"])
-    return variances.loss(prediction, y, w, columns, config["variance"], x, discretised)
+    return variances.loss(prediction, y, w, columns, config["variance"], x, decoder(config))
 
 
 @torch.no_grad()
 def test(model, data, config, device, labels=None):
     """Test losses of a network, without autocast: {"test_loss": ..., "test_mse": ..., ...}, means over the images.
 
-    data: uint8, on the CPU; labels: theirs, of a run with labels. Their t and noise are the same in every run. Each
-    process does its share. Of a chain, at its own times, the other losses are the error of the posterior mean and the
-    bound without the prior, nats per dimension.
+    data: uint8 or latents, on the CPU; labels: theirs, of a run with labels. Their t and noise are the same in every
+    run. Each process does its share. Of a chain, at its own times, the other losses are the error of the posterior mean
+    and the bound without the prior, nats per dimension.
     """
     (rank, world), g, n = run.processes(), run.generator("cpu", "test noise"), len(data)
     objective, chain = losses.objective(config), losses.chain_of(config)
@@ -185,13 +206,14 @@ def sample(chosen, args, device):
     args.metrics = args.metrics or args.classifier is not None
     if args.metrics:
         metrics.enough_images(n, classifier.FEATURES)
-    known = [classifier.of_run(args.classifier, one.config, device) if args.metrics else None for one, _ in chosen]
+    sources = [latent_data.source(one.config) for one, _ in chosen]
+    known = [classifier.of_run(args.classifier, source, device) if args.metrics else None for source in sources]
     lines = []
-    for (one, out), of_run in zip(chosen, known):
+    for (one, out), source, of_run in zip(chosen, sources, known):
         if args.metrics:
-            real = classifier.real(of_run[0], one.config, n, args.data_dir)
+            real = classifier.real(of_run[0], source, n, args.data_dir)
         if args.fid:
-            statistics = reference(one.config, network, args)
+            statistics = reference(source, network, args)
         with run.enough_memory("a smaller --batch-size"):
             paths, settings, seconds = draw_folder(out / "samples", one, n, args, device)
         images.save_png(images.grid(images.read(paths[:64], paths[:64], None, False), 8), out / "samples.png")
@@ -202,7 +224,7 @@ def sample(chosen, args, device):
             fid = measure(paths, network, statistics)
             result |= dict(fid=fid, fid_split=args.fid_split, fid_reference=statistics[2])
             print(f"FID {fid:.3f}: {n:,} samples (EMA, {args.in_words}, {args.steps} steps"
-                  f"{', clipped' if args.clip else ''}) against {statistics[2]:,} images of {one.config['data']}, "
+                  f"{', clipped' if settings['clip'] else ''}) against {statistics[2]:,} images of {source['data']}, "
                   f"{args.fid_split} split")
         if args.metrics:
             x = images.read(paths, paths, None, False)
@@ -220,7 +242,7 @@ def sample(chosen, args, device):
 
 
 def test_examples(config, num, device, data_dir="data"):
-    """What likelihood.py tests a run on: num test images in random order, as float levels in [-1, 1]."""
+    """What likelihood.py tests a run on: num test images in random order, as float levels in [-1, 1], or latents."""
     x = load(config, "test", data_dir)
     order = torch.randperm(len(x), generator=run.generator("cpu", "likelihood"))       # else of the first classes alone
     return images.to_float(x[order[:num]]).to(device)

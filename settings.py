@@ -121,8 +121,9 @@ EXTRAS = {
     "shape": ("images", True, lambda value: isinstance(value, list) and len(value) == 3 and value[0] in (1, 3)
               and all(type(n) is int and 1 <= n <= 4096 for n in value)),
     "flip": ("images", True, lambda value: isinstance(value, bool)),
-    "images": ("images", False, lambda value: isinstance(value, dict) and value.keys() == {"count", "digest"}
-               and type(value["count"]) is int and isinstance(value["digest"], str)),
+    **dict.fromkeys(("images", "latents"), (                               # of a folder of images, or of an autoencoder
+        "images", False, lambda value: isinstance(value, dict) and value.keys() == {"count", "digest"}
+        and type(value["count"]) is int and isinstance(value["digest"], str))),
     "classes": ("images", False, lambda value: type(value) is int and 2 <= value <= 10**6),          # with labels
     "precision": ("images", True, lambda value: value in ("bf16", "fp32")),
     "skips": ("images", True, lambda value: value in ("layer", "block")),

@@ -154,7 +154,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         if learner:
             learner.update(t[None], errors[None])
             if step % learned_schedule.ENDS_EVERY == 0:
-                learned_schedule.move_ends([learner], ema, [x], [eps], [config["target"]], kind_images.discretised)
+                learned_schedule.move_ends([learner], ema, [x], [eps], [config["target"]],
+                                           kind_images.decoder(config))
         recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
         over = step >= steps or seconds >= 60 * minutes
@@ -249,11 +250,11 @@ def train(args, device):
     splits = functools.cache(lambda name, by_name: kind_images.splits(name, args, by_name))
     runs, names = [], list(dict.fromkeys(args.data))
     for name in names:
-        sets, more = splits(name, name not in images.IMAGES)
+        facts = kind_images.facts(name)
+        sets, classes = splits(name, "images" in facts)
         args.data, shape = [name], list(sets[0].shape[1:])
-        more = more | ({} if name in images.IMAGES else dict(images=images.facts(name)))
         flip = name in images.FLIPPED if args.flip is None else args.flip
-        runs += settings.configs(args, shape=shape, flip=flip, precision=precision, **more)
+        runs += settings.configs(args, shape=shape, flip=flip, precision=precision, **classes, **facts)
     runs = [kind_images.known(Path(args.out) / settings.name(config), config, args) for config in runs]
     if rank == 0:                                          # before any is trained
         run.check(runs, args.out, args.resume, args.overwrite)
