@@ -1510,6 +1510,14 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_spaces_images.py", "value / len(x) for name", "value for name"),
     ("reproduce_spaces_images.py", "str(args.budget / 9)", "str(args.budget)"),
     ("reproduce_spaces_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
+    # Images in few evaluations
+    ("reproduce_few_images.py", "square().mean().sqrt()", "square().mean()"),
+    ("reproduce_few_images.py", "a.float() - b.float()", "a - b"),
+    ("reproduce_few_images.py", "flow.roll(1, 0)", "flow"),
+    ("reproduce_few_images.py", "return min(itertools", "return max(itertools"),
+    ("reproduce_few_images.py", "draw(one, sampler, grid, n))", "draw(one, sampler, grid, 8))"),
+    ("reproduce_few_images.py", "sampler=sampler, grid=grid)", "sampler=sampler)"),
+    ("reproduce_few_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
     # A learned schedule
     ("learned_schedule.py", "2 / math.pi * torch.atan(torch.exp(-0.5 * logsnr))",
                              "2 / math.pi * torch.atan(torch.exp(-logsnr))"),
@@ -1645,7 +1653,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "flow.py": ["dequantise", "likelihood"], "reproduce_control.py": ["control"],
     **{f"{name}.py": ["spaces"] for name in ("reproduce_spaces", "reproduce_embedded", "reproduce_weightings",
                                              "reproduce_spaces_images", "plots_spaces")},
-    "tables.py": ["movie", "likelihood"],
+    "tables.py": ["movie", "likelihood"], "reproduce_few_images.py": ["few_images"],
     **{f"reproduce_{name}.py": ["slides"] for name in ("slides", "scores", "modes", "frozen", "energies")},
 }
 
