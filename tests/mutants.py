@@ -1506,6 +1506,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("conflicts.py", 'is not None and "hybrid" not in args.loss', 'is not None and "hybrid" in args.loss'),
     ("reproduce_weightings.py", 'if abs(value) < 100 else f"{value:.0f}"', 'if True else f"{value:.0f}"'),
     ("reproduce_weightings.py", '"" if loss in FALLS else " (rises)"', '" (rises)" if loss in FALLS else ""'),
+    ("reproduce_spaces_images.py", "(var[0] / var[1])", "(var[1] / var[0])"),
     ("reproduce_spaces_images.py", 'one.config["target"], t, one.schedule)', 'name, t, one.schedule)'),
     ("reproduce_spaces_images.py", "value / len(x) for name", "value for name"),
     ("reproduce_spaces_images.py", "str(args.budget / 9)", "str(args.budget)"),
