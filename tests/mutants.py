@@ -505,8 +505,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("unet.py", "self.schedule = schedule\n", "self.schedule = None\n"),
     ("unet.py", "dict(channels=64, channel_mult=[1, 2, 2, 2]", "dict(channels=64, channel_mult=[1, 2, 2, 4]"),
     # Training on images
-    ("train_images.py", "min(decay, (1 + step) / (10 + step))", "decay"),
-    ("train_images.py", "min(decay, (1 + step) / (10 + step))", "min(decay, step / (10 + step))"),
+    ("adam.py", "min(decay, (1 + step) / (10 + step))", "decay"),
+    ("adam.py", "min(decay, (1 + step) / (10 + step))", "min(decay, step / (10 + step))"),
     ("train_images.py", 'ema_decay(config["ema"], step))(average', 'ema_decay(config["ema"], step - 1))(average'),
     ("train_images.py", "min(1, (step + 1) / config[\"warmup\"])", "min(1, step / config[\"warmup\"])"),
     ("train_images.py", 'clip_grad_norm_(model.parameters(), config["clip_norm"])',
@@ -1519,6 +1519,13 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_few_images.py", "draw(one, sampler, grid, n))", "draw(one, sampler, grid, 8))"),
     ("reproduce_few_images.py", "sampler=sampler, grid=grid)", "sampler=sampler)"),
     ("reproduce_few_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
+    # Averaged weights
+    ("adam.py", "1 - ema_decay(decay, step))", "ema_decay(decay, step))"),
+    ("train_points.py", "itertools.count(len(histories[0]) * steps + 1)", "itertools.count(1)"),
+    ("train_points.py", 'state["ema"] for state in states', 'state["model"] for state in states'),
+    ("train_points.py", "test_losses = test(ema)", "test_losses = test(model)"),
+    ("kind_points.py", '"ema" if checkpoint["config"].get("ema") else "model"', '"model"'),
+    ("checkpoints.py", 'lambda c: not c["config"].get("ema") or', 'lambda c: c["config"].get("ema") or'),
     # A learned schedule
     ("learned_schedule.py", "2 / math.pi * torch.atan(torch.exp(-0.5 * logsnr))",
                              "2 / math.pi * torch.atan(torch.exp(-logsnr))"),
@@ -1634,14 +1641,14 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
 
 
 OWN_TESTS = {          # where it is not the test file of that name alone; the likeliest to notice first
-    "kind_points.py": ["sample", "chain_runs", "own_points", "train", "cache", "waiting"],
+    "kind_points.py": ["sample", "adam", "chain_runs", "own_points", "train", "cache", "waiting"],
     "kind_images.py": ["train_images", "chain_images", "weightings"], "progress.py": ["progress", "waiting"],
-    "train_points.py": ["train", "chain_runs", "stack", "start", "waiting"],
+    "train_points.py": ["train", "adam", "chain_runs", "stack", "start", "waiting"],
     "train_images.py": ["train_images", "chain_images", "progress"], "sample.py": ["chain_runs", "sample"],
     "optimum.py": ["chain_runs", "train", "own_points"], "train.py": ["settings", "chain_runs", "train"],
-    "adam.py": ["train", "start"],
+    "adam.py": ["adam", "train", "start"],
     "run.py": ["run", "train", "stack"], "settings.py": ["settings", "train", "stack"],
-    "checkpoints.py": ["checkpoints", "robust", "run", "train"],
+    "checkpoints.py": ["checkpoints", "adam", "robust", "run", "train"],
     **dict.fromkeys(("reproduce_variances.py", "reproduce_foundations.py", "reproduce_foundations_images.py",
                      "plots_chain.py"), ["foundations_cells", "foundations"]),
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
