@@ -1,4 +1,4 @@
-"""Adam on a CPU, as torch has it, without the seconds that building torch's own takes.
+"""Adam on a CPU, as torch has it, without the seconds that building torch's own takes; the average of weights.
 
 Not here: where it is used (`train_points.py`).
 """
@@ -32,3 +32,17 @@ class Adam:
         for i, moments in enumerate(self.state):
             for key, value in moments.items():
                 value.copy_(state["state"][i][key])
+
+
+def ema_decay(decay, step):
+    """Decay of the exponential moving average after `step` steps: (1 + step) / (10 + step) until it reaches `decay`.
+
+    So the average forgets the first, random weights at once, whatever the length of the run.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def average(ema, model, decay, step):
+    """Move the weights of a network `ema` to those that `model` has after `step` steps, by 1 - `ema_decay`."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - ema_decay(decay, step))

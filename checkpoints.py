@@ -178,6 +178,7 @@ def has_schedule(checkpoint):
 
 PARTS = {  # what a checkpoint of each kind has besides its config: name, test of the whole checkpoint
     "points": [("model", lambda c: has_weights(c["model"])),
+               ("ema", lambda c: not c["config"].get("ema") or has_weights(c["ema"])),
                ("history", lambda c: c["history"] != [] and has_entries(c["history"], "optimum")),
                ("optimizer", lambda c: has_moments(c["optimizer"], c["model"])),
                ("schedule", has_schedule),

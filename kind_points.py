@@ -97,8 +97,8 @@ def build_model(config, members=1):
 
 
 def weights(checkpoint):
-    """The trained weights."""
-    return checkpoint["model"]
+    """The trained weights, averaged ones with --ema."""
+    return checkpoint["ema" if checkpoint["config"].get("ema") else "model"]
 
 
 def in_chunks(model, members=1, config=None):

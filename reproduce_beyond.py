@@ -16,6 +16,7 @@ import likelihood
 import metrics
 import plots
 import reproduce_few
+import reproduce_few_images
 import run
 import samplers
 import targets
@@ -219,5 +220,6 @@ RESULTS = {
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
                           "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
                           "grid t"),
+    **reproduce_few_images.RESULTS,
 }
-TABLES = "likelihood", "schedules", "steps", "few"
+TABLES = "likelihood", "schedules", "steps", "few", *reproduce_few_images.TABLES

@@ -31,17 +31,10 @@ import progress
 import run
 import settings
 import variance as variances
+from adam import ema_decay
 
 GRID_STEPS = 100      # of the sampler that draws a grid during training
 SAVE_EVERY = 60       # seconds between two checkpoints, at least
-
-
-def ema_decay(decay, step):
-    """Decay of the exponential moving average after `step` steps: (1 + step) / (10 + step) until it reaches `decay`.
-
-    So the average forgets the first, random weights at once, whatever the length of the run.
-    """
-    return min(decay, (1 + step) / (10 + step))
 
 
 @functools.lru_cache(2)

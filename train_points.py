@@ -5,6 +5,7 @@ of one seed differ in their target and loss, not in their draws, and a run that 
 
 Not here: images (`train_images.py`).
 """
+import copy
 import functools
 import itertools
 import math
@@ -27,7 +28,7 @@ import settings
 import stack
 import threads
 import variance as variances
-from adam import Adam
+from adam import Adam, average
 from learned_schedule import Learner, move_ends
 
 ENDS_POINTS = 5000     # that the ends of a learned schedule are moved with, an epoch
@@ -149,6 +150,9 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
     with checkpoints.fitting(", ".join(map(str, folders))):
         model.load_state_dict(stack.join([state["model"] if state else initial(config)
                                           for config, state in zip(configs, states)]))
+    ema = copy.deepcopy(model) if shared["ema"] else model
+    if states[0] and shared["ema"]:
+        ema.load_state_dict(stack.join([state["ema"] for state in states]))
     optimizer = build_optimizer(model, shared)
     if states[0]:
         optimizer.load_state_dict({"state": stack.join([state["optimizer"] for state in states]),
@@ -158,16 +162,22 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
                       shared["labels"])
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
+    number = itertools.count(len(histories[0]) * steps + 1)
+
+    def after_step():
+        if shared["ema"]:
+            average(ema, model, shared["ema"], next(number))
+        on_step()
     on_ready()
     for epoch in range(len(histories[0]), shared["epochs"]):
         start = time.perf_counter()
-        train_losses, over_t, norms = train_epoch(step, optimizer, data, epoch, configs, on_step, moments, learners)
+        train_losses, over_t, norms = train_epoch(step, optimizer, data, epoch, configs, after_step, moments, learners)
         if learners:
             some = [x[:ENDS_POINTS] for x in data]
             noise = [torch.randn(x.shape, generator=run.generator(device, config["seed"], "ends", epoch), device=device)
                      for x, config in zip(some, configs)]
-            move_ends(learners, model, some, noise, [config["target"] for config in configs])
-        test_losses = test(model)
+            move_ends(learners, ema, some, noise, [config["target"] for config in configs])
+        test_losses = test(ema)
         finite = torch.cat([train_losses, test_losses[:, :1].T]).isfinite().cpu()  # once an epoch: it waits for CUDA
         for m in (~finite.all(0)).nonzero().flatten().tolist():
             diverged.setdefault(m, epoch * steps + finite[:-1, m].long().cumprod(0).sum().item())
@@ -195,6 +205,7 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
                 run.save(folder / "ckpt.pt", dict(config=config, model=stack.member(model.state_dict(), m),
                                                   history=history,
                                                   optimizer=stack.member(optimizer.state_dict()["state"], m),
+                                                  **{"ema": stack.member(ema.state_dict(), m)} if shared["ema"] else {},
                                                   **{"moments": moments[m].cpu()} if moments else {},
                                                   **{"schedule": learners[m].state()} if learners else {}))
             saved_at = time.perf_counter()

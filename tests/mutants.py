@@ -505,8 +505,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("unet.py", "self.schedule = schedule\n", "self.schedule = None\n"),
     ("unet.py", "dict(channels=64, channel_mult=[1, 2, 2, 2]", "dict(channels=64, channel_mult=[1, 2, 2, 4]"),
     # Training on images
-    ("train_images.py", "min(decay, (1 + step) / (10 + step))", "decay"),
-    ("train_images.py", "min(decay, (1 + step) / (10 + step))", "min(decay, step / (10 + step))"),
+    ("adam.py", "min(decay, (1 + step) / (10 + step))", "decay"),
+    ("adam.py", "min(decay, (1 + step) / (10 + step))", "min(decay, step / (10 + step))"),
     ("train_images.py", 'ema_decay(config["ema"], step))(average', 'ema_decay(config["ema"], step - 1))(average'),
     ("train_images.py", "min(1, (step + 1) / config[\"warmup\"])", "min(1, step / config[\"warmup\"])"),
     ("train_images.py", 'clip_grad_norm_(model.parameters(), config["clip_norm"])',
@@ -1506,10 +1506,26 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("conflicts.py", 'is not None and "hybrid" not in args.loss', 'is not None and "hybrid" in args.loss'),
     ("reproduce_weightings.py", 'if abs(value) < 100 else f"{value:.0f}"', 'if True else f"{value:.0f}"'),
     ("reproduce_weightings.py", '"" if loss in FALLS else " (rises)"', '" (rises)" if loss in FALLS else ""'),
+    ("reproduce_spaces_images.py", "(var[0] / var[1])", "(var[1] / var[0])"),
     ("reproduce_spaces_images.py", 'one.config["target"], t, one.schedule)', 'name, t, one.schedule)'),
     ("reproduce_spaces_images.py", "value / len(x) for name", "value for name"),
     ("reproduce_spaces_images.py", "str(args.budget / 9)", "str(args.budget)"),
     ("reproduce_spaces_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
+    # Images in few evaluations
+    ("reproduce_few_images.py", "square().mean().sqrt()", "square().mean()"),
+    ("reproduce_few_images.py", "a.float() - b.float()", "a - b"),
+    ("reproduce_few_images.py", "flow.roll(1, 0)", "flow"),
+    ("reproduce_few_images.py", "return min(itertools", "return max(itertools"),
+    ("reproduce_few_images.py", "draw(one, sampler, grid, n))", "draw(one, sampler, grid, 8))"),
+    ("reproduce_few_images.py", "sampler=sampler, grid=grid)", "sampler=sampler)"),
+    ("reproduce_few_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
+    # Averaged weights
+    ("adam.py", "1 - ema_decay(decay, step))", "ema_decay(decay, step))"),
+    ("train_points.py", "itertools.count(len(histories[0]) * steps + 1)", "itertools.count(1)"),
+    ("train_points.py", 'state["ema"] for state in states', 'state["model"] for state in states'),
+    ("train_points.py", "test_losses = test(ema)", "test_losses = test(model)"),
+    ("kind_points.py", '"ema" if checkpoint["config"].get("ema") else "model"', '"model"'),
+    ("checkpoints.py", 'lambda c: not c["config"].get("ema") or', 'lambda c: c["config"].get("ema") or'),
     # A learned schedule
     ("learned_schedule.py", "2 / math.pi * torch.atan(torch.exp(-0.5 * logsnr))",
                              "2 / math.pi * torch.atan(torch.exp(-logsnr))"),
@@ -1625,14 +1641,14 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
 
 
 OWN_TESTS = {          # where it is not the test file of that name alone; the likeliest to notice first
-    "kind_points.py": ["sample", "chain_runs", "own_points", "train", "cache", "waiting"],
+    "kind_points.py": ["sample", "adam", "chain_runs", "own_points", "train", "cache", "waiting"],
     "kind_images.py": ["train_images", "chain_images", "weightings"], "progress.py": ["progress", "waiting"],
-    "train_points.py": ["train", "chain_runs", "stack", "start", "waiting"],
+    "train_points.py": ["train", "adam", "chain_runs", "stack", "start", "waiting"],
     "train_images.py": ["train_images", "chain_images", "progress"], "sample.py": ["chain_runs", "sample"],
     "optimum.py": ["chain_runs", "train", "own_points"], "train.py": ["settings", "chain_runs", "train"],
-    "adam.py": ["train", "start"],
+    "adam.py": ["adam", "train", "start"],
     "run.py": ["run", "train", "stack"], "settings.py": ["settings", "train", "stack"],
-    "checkpoints.py": ["checkpoints", "robust", "run", "train"],
+    "checkpoints.py": ["checkpoints", "adam", "robust", "run", "train"],
     **dict.fromkeys(("reproduce_variances.py", "reproduce_foundations.py", "reproduce_foundations_images.py",
                      "plots_chain.py"), ["foundations_cells", "foundations"]),
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
@@ -1645,7 +1661,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "flow.py": ["dequantise", "likelihood"], "reproduce_control.py": ["control"],
     **{f"{name}.py": ["spaces"] for name in ("reproduce_spaces", "reproduce_embedded", "reproduce_weightings",
                                              "reproduce_spaces_images", "plots_spaces")},
-    "tables.py": ["movie", "likelihood"],
+    "tables.py": ["movie", "likelihood"], "reproduce_few_images.py": ["few_images"],
     **{f"reproduce_{name}.py": ["slides"] for name in ("slides", "scores", "modes", "frozen", "energies")},
 }
 

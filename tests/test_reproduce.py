@@ -63,7 +63,7 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_beyond, "DRAWS", 4)
     patch.setattr(study_file, "ODE_STEPS", 3)
     patch.setattr(plots.plt.Figure, "tight_layout", lambda *args, **kw: None)              # tested in test_plots.py
-    patch.setattr(plots, "DPI", 30)
+    patch.setattr(plots, "save", lambda fig, path: (plots.plt.close(fig), run.write(path, b"not drawn")))
     read, original_open = {}, run.open
 
     def open_once(path):                                           # more than 700 times else, of 160 runs

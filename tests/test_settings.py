@@ -50,8 +50,8 @@ def test_the_defaults_in_the_help():
     text = {row.name: settings.default_text(row) for row in settings.SETTINGS}
     expected = {"schedule": " (cosine)", "t_min": " (0.001)", "stabiliser": " (0)", "width": " (128)",
                 "epochs": " (points: 100, images: 500)", "lr": " (points: 0.001, images: 0.0002)", "image_size": "",
-                "skip_corrupt": "", "minutes": "", "channel_mult": "", "ema": " (0.9999)", "warmup": " (1000)",
-                "precision": " (auto)", "grid_every": " (10000)"}
+                "skip_corrupt": "", "minutes": "", "channel_mult": "", "ema": " (points: 0, images: 0.9999)",
+                "warmup": " (1000)", "precision": " (auto)", "grid_every": " (10000)"}
     assert {name: text[name] for name in expected} == expected
     assert settings.default_text(settings.Setting("a", "", [1, 2], [3])) == " (points: 1 2, images: 3)"
 
@@ -68,7 +68,7 @@ def test_what_is_given_counts_for_its_kind_and_the_rest_are_its_defaults():
 def test_settings_of_the_other_kind_are_refused(capsys):
     for row in settings.SETTINGS:
         value = {"preset": ["thesis"], "precision": ["bf16"], "skip_corrupt": [], "compile": [], "flip": [],
-                 "ema": ["0.5"], "dropout": ["0.5"], "energy": [], "activation": ["silu"],
+                 "dropout": ["0.5"], "energy": [], "activation": ["silu"],
                  "labels": []}.get(row.name, ["8"])
         option = f"--{row.name.replace('_', '-')}"
         if row.points is settings.ABSENT:
@@ -77,7 +77,7 @@ def test_settings_of_the_other_kind_are_refused(capsys):
             images = ["--data", "cifar10", option, *value]
             exits_with_2(images, f"{option} is a setting of points, not of images", capsys)
     exits_with_2(["--no-compile"], "--compile is a setting of images", capsys)
-    exits_with_2(["--ema", "0"], "--ema is a setting of images", capsys)       # given, though it is 0
+    exits_with_2(["--dropout", "0"], "--dropout is a setting of images", capsys)       # given, though it is 0
 
 
 def test_a_config_has_the_settings_that_change_a_run():
@@ -85,7 +85,7 @@ def test_a_config_has_the_settings_that_change_a_run():
     points, = settings.configs(train.parse([]))
     assert points.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
                              "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight", "sigma", "energy",
-                             "activation", "labels"}
+                             "activation", "labels", "ema"}
     images, = settings.configs(train.parse(["--data", "cifar10"]), shape=[3, 32, 32], flip=True, precision="bf16")
     assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                              "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",
@@ -210,4 +210,4 @@ def test_the_rows_can_be_printed(tmp_path):
     of = {line.split()[0]: line.split()[1:] for line in lines}
     assert of["epochs"] == ["100", "500", "points"] and of["width"] == ["128", "points"]
     assert of["test_every"] == ["2000"]
-    assert of["ema"] == ["0.9999", "images"] and of["lr"] == ["0.001", "0.0002", "points,", "images"]
+    assert of["ema"] == ["0.0", "0.9999", "points,", "images"] and of["lr"] == ["0.001", "0.0002", "points,", "images"]
