@@ -1437,7 +1437,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_few.py", '["mean"] + 2 * found', '["mean"] + 0 * found'),
     ("reproduce_few.py", "abs(statistics.mean(gaps(found)) - statistics.mean(gaps(slow)))",
                          "abs(statistics.mean(gaps(found)))"),
-    ("reproduce_few.py", "    return near and abs", "    return near or abs"),
+    ("reproduce_few.py", "return is_at_floor(found) and abs", "return is_at_floor(found) or abs"),
     ("reproduce_few.py", 'generator(device, seed, "sample")).cpu()', 'generator(device, 0, "sample")).cpu()'),
     # Labels of points: the network, training, samples
     ("mlp.py", "sizes = [dim + time + classes] +", "sizes = [dim + time + 1 + classes] +"),
