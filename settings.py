@@ -71,6 +71,8 @@ SETTINGS = [
     Setting("batch_size", "of all processes together", 512, 128, argument=dict(type=number(int, 1, 10**6))),
     Setting("lr", "points: Adam's, decays to 0 as a cosine; images: AdamW's, constant after the warm-up", 1e-3, 2e-4,
             argument=dict(type=number(float, 1e-12, 10**6))),
+    Setting("optimizer", "adam, or muon, which makes the momentum of the inner weights orthogonal, see muon.py", "adam",
+            argument=dict(choices=("adam", "muon"))),
     Setting("ema", "decay of the averaged weights, which are tested and sampled; 0, on points: none", 0.0, 0.9999,
             argument=dict(type=number(float, 0, 0.999999))),
     Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1, 10_000))),

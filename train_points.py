@@ -30,17 +30,18 @@ import threads
 import variance as variances
 from adam import Adam, average
 from learned_schedule import Learner, move_ends
+from muon import Muon
 
 ENDS_POINTS = 5000     # that the ends of a learned schedule are moved with, an epoch
 
 
 def build_optimizer(model, config):
-    """Adam in one fused kernel; `train_epoch` sets its learning rate at every step. On CUDA fit to be captured."""
+    """Adam in one fused kernel, or Muon; `train_epoch` sets the rate at every step. On CUDA fit to be captured."""
     parameters = list(model.parameters())
     device = parameters[0].device
-    if device.type == "cpu":
-        return Adam(parameters, config["lr"])
     lr = torch.tensor(config["lr"], device=device) if device.type == "cuda" else config["lr"]
+    if device.type == "cpu" or config.get("optimizer") == "muon":
+        return (Muon if config.get("optimizer") == "muon" else Adam)(parameters, lr)
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 

@@ -1519,6 +1519,15 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_few_images.py", "draw(one, sampler, grid, n))", "draw(one, sampler, grid, 8))"),
     ("reproduce_few_images.py", "sampler=sampler, grid=grid)", "sampler=sampler)"),
     ("reproduce_few_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
+    # Muon
+    ("muon.py", "(3.4445, -4.7750, 2.0315), 5", "(3.4445, -4.7750, 2.0315), 4"),
+    ("muon.py", "a * x + (b * A + c * A @ A) @ x", "a * x + (b * A - c * A @ A) @ x"),
+    ("muon.py", "keepdim=True) + 1e-12)", "keepdim=True) + 1e-3)"),
+    ("muon.py", "lerp_(gradient, 1 - MOMENTUM)", "lerp_(gradient, MOMENTUM)"),
+    ("muon.py", "orthogonal(gradient.lerp(momentum, MOMENTUM))", "orthogonal(momentum)"),
+    ("muon.py", "if i not in inner])", "])"),
+    ("muon.py", "-= RATIO * rate *", "-= RATIO *"),
+    ("train_points.py", '(Muon if config.get("optimizer") == "muon" else Adam)', "Adam"),
     # Averaged weights
     ("adam.py", "1 - ema_decay(decay, step))", "ema_decay(decay, step))"),
     ("train_points.py", "itertools.count(len(histories[0]) * steps + 1)", "itertools.count(1)"),
