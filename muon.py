@@ -7,7 +7,7 @@ directions count alike. No singular values are computed: with x = M / |M| five t
     x <- a x + (b A + c A A) x,      A = x x'
 
 which is a polynomial of each singular value that brings it near 1. First and last layer and the biases are
-Adam's. Steps are dearer by these 15 products of weights, and fewer are needed.
+Adam's. Steps are dearer by these 15 products of weights, in bfloat16 where the processor has it, and fewer are needed.
 
 Not here: how many fewer (`reproduce_fast.py`).
 
@@ -18,17 +18,22 @@ import torch
 from adam import Adam
 
 COEFFICIENTS, ROUNDS = (3.4445, -4.7750, 2.0315), 5
-MOMENTUM, RATIO = 0.95, 40.0           # RATIO: a step of Muon for the learning rate 1 of Adam
+MOMENTUM, RATIO = 0.95, 20.0           # RATIO: a step of Muon for the learning rate 1 of Adam
 
 
-def orthogonal(m):
+def precision(device):
+    """In which the products are fast: they need to be only roughly right."""
+    return torch.bfloat16 if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def orthogonal(m, dtype=None):
     """U V' of matrices (..., n, n) with singular values within 0.3 of 1, but for those below 1e-3 of their norm."""
     a, b, c = COEFFICIENTS
-    x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-12)
+    x = (m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-12)).to(dtype)
     for _ in range(ROUNDS):
         A = x @ x.mT
         x = a * x + (b * A + c * A @ A) @ x
-    return x
+    return x.to(m.dtype)
 
 
 class Muon(Adam):
@@ -40,12 +45,13 @@ class Muon(Adam):
     @torch.no_grad()
     def step(self):
         parameters, rate = self.param_groups[0]["params"], self.param_groups[0]["lr"]
+        dtype = precision(parameters[0].device)
         inner = [i for i, p in enumerate(parameters) if p.shape[1] == p.shape[2]]
         self.update([i for i in range(len(parameters)) if i not in inner])
         for i in inner:
             gradient = parameters[i].grad
             momentum = self.state[i]["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-            parameters[i] -= RATIO * rate * orthogonal(gradient.lerp(momentum, MOMENTUM))
+            parameters[i] -= RATIO * rate * orthogonal(gradient.lerp(momentum, MOMENTUM), dtype)
 
 
 if __name__ == "__main__":

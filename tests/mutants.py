@@ -1524,7 +1524,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("muon.py", "a * x + (b * A + c * A @ A) @ x", "a * x + (b * A - c * A @ A) @ x"),
     ("muon.py", "keepdim=True) + 1e-12)", "keepdim=True) + 1e-3)"),
     ("muon.py", "lerp_(gradient, 1 - MOMENTUM)", "lerp_(gradient, MOMENTUM)"),
-    ("muon.py", "orthogonal(gradient.lerp(momentum, MOMENTUM))", "orthogonal(momentum)"),
+    ("muon.py", "orthogonal(gradient.lerp(momentum, MOMENTUM), dtype)", "orthogonal(momentum, dtype)"),
     ("muon.py", "if i not in inner])", "])"),
     ("muon.py", "-= RATIO * rate *", "-= RATIO *"),
     ("train_points.py", '(Muon if config.get("optimizer") == "muon" else Adam)', "Adam"),

@@ -54,9 +54,9 @@ def test_a_step_is_torchs_muon_for_square_weights_and_adam_for_the_others():
             assert_close(p, q, rtol=0, atol=0)
             continue
         single = torch.nn.Parameter(start[0].detach().clone())
-        theirs_muon = torch.optim.Muon([single], lr=0.04, momentum=0.95, weight_decay=0.0)
+        theirs_muon = torch.optim.Muon([single], lr=0.02, momentum=0.95, weight_decay=0.0)
         for i, g in enumerate(of):
-            theirs_muon.param_groups[0]["lr"] = 0.04 * (i + 1)
+            theirs_muon.param_groups[0]["lr"] = 0.02 * (i + 1)
             single.grad = g[0].clone()
             theirs_muon.step()
         moved, expected = p[0] - start[0], single - start[0]
