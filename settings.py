@@ -76,6 +76,8 @@ SETTINGS = [
     Setting("ema", "decay of the averaged weights, which are tested and sampled; 0, on points: none", 0.0, 0.9999,
             argument=dict(type=number(float, 0, 0.999999))),
     Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1, 10_000))),
+    Setting("precision", "of matrix products and convolutions in training; auto: bf16 of images on CUDA, else fp32; "
+            "bf16 is good on CPUs that have it", "fp32", "auto", "points", dict(choices=["auto", "bf16", "fp32"])),
     Setting("data_dir", "where the named datasets are, or are downloaded to", images="data", identity="",
             argument=dict(type=folder)),
     Setting("image_size", "crop and scale to a square of so many pixels", images=None,
@@ -96,9 +98,6 @@ SETTINGS = [
             argument=dict(type=number(float, 0, 0.99))),
     Setting("flip", "mirror half of the images in training; yes for cifar10, else no", images=None, identity="",
             argument=dict(action=argparse.BooleanOptionalAction)),
-    Setting("precision",
-            "of matrix products and convolutions; auto is bf16 on CUDA, and bf16 is good on CPUs that have it",
-            images="auto", identity="", argument=dict(choices=["auto", "bf16", "fp32"])),
     Setting("warmup", "steps until --lr is reached", images=1000, argument=dict(type=number(int, 1, 10**9))),
     Setting("clip_norm", "largest norm of the gradient", images=1.0, argument=dict(type=number(float, 1e-9, 10**9))),
     Setting("minutes", "stop after so long, further runs of this call after as many steps; --resume goes on",

@@ -70,12 +70,15 @@ def build_step(model, optimizer, members, variance="small", loss="mse", labels=F
     return step
 
 
-def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0, loss="mse", labels=False):
+def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0, loss="mse", labels=False,
+               precision="fp32"):
     """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do.
 
     columns: how many it is given of `variance.columns`.
     """
     step, device = build_step(model, optimizer, members, variance, loss, labels), next(model.parameters()).device
+    if precision == "bf16":                # products alone; the weights stay in float32
+        step = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)(step)
     if device.type != "cuda":
         return threads.shared(step, device)
     rows = members * batch_size
@@ -160,7 +163,7 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
                                    "param_groups": optimizer.state_dict()["param_groups"]})
     step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared),
                       shared["variance"], batches.has_bound(configs) * optimum.columns(shared), shared["loss"],
-                      shared["labels"])
+                      shared["labels"], shared["precision"])
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
     number = itertools.count(len(histories[0]) * steps + 1)

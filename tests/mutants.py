@@ -1528,6 +1528,9 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("muon.py", "if i not in inner])", "])"),
     ("muon.py", "-= RATIO * rate *", "-= RATIO *"),
     ("train_points.py", '(Muon if config.get("optimizer") == "muon" else Adam)', "Adam"),
+    ("train_points.py", 'if precision == "bf16":', 'if precision == "fp32":'),
+    ("conflicts.py", '== "bf16" and (config.get("energy")', '== "fp32" and (config.get("energy")'),
+    ("conflicts.py", 'args.precision = "fp32" if', 'args.precision = "bf16" if'),
     # Averaged weights
     ("adam.py", "1 - ema_decay(decay, step))", "ema_decay(decay, step))"),
     ("train_points.py", "itertools.count(len(histories[0]) * steps + 1)", "itertools.count(1)"),
@@ -1652,7 +1655,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
 OWN_TESTS = {          # where it is not the test file of that name alone; the likeliest to notice first
     "kind_points.py": ["sample", "adam", "chain_runs", "own_points", "train", "cache", "waiting"],
     "kind_images.py": ["train_images", "chain_images", "weightings"], "progress.py": ["progress", "waiting"],
-    "train_points.py": ["train", "adam", "chain_runs", "stack", "start", "waiting"],
+    "train_points.py": ["train", "adam", "muon", "chain_runs", "stack", "start", "waiting"],
     "train_images.py": ["train_images", "chain_images", "progress"], "sample.py": ["chain_runs", "sample"],
     "optimum.py": ["chain_runs", "train", "own_points"], "train.py": ["settings", "chain_runs", "train"],
     "adam.py": ["adam", "train", "start"],
@@ -1663,7 +1666,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
     **dict.fromkeys(("reproduce_schedules.py", "reproduce_schedules_images.py"), ["schedules"]),
     "reproduce_vdm.py": ["weightings"], "plots_weightings.py": ["weightings"],
-    "conflicts.py": ["weightings", "settings", "chain_runs"], "datasets2d.py": ["datasets2d", "guidance"],
+    "conflicts.py": ["weightings", "settings", "muon", "chain_runs"], "datasets2d.py": ["datasets2d", "guidance"],
     **dict.fromkeys(("reproduce_guidance.py", "plots_guidance.py"), ["guidance"]),
     "reproduce_beyond.py": ["reproduce"], "reproduce_theorems.py": ["theorems"], "plots_theorems.py": ["theorems"],
     "reproduce_guidance.py": ["guidance", "labels"], "plots_guidance.py": ["guidance"], "batches.py": ["labels"],

@@ -98,3 +98,23 @@ def test_runs_of_before_have_adam(trained):
     assert isinstance(train_points.build_optimizer(model, config), muon.Muon)
     del config["optimizer"]
     assert type(train_points.build_optimizer(model, config)) is adam.Adam
+
+
+def test_products_in_bf16_leave_the_weights_in_float32_and_change_them_a_little(trained, tmp_path):
+    train.main([*FAST, "--precision", "bf16", "--out", str(tmp_path)])
+    for name in "clusters-v-mse-s0", "clusters-x-mse-s0":
+        a, b = run.load(trained / name), run.load(tmp_path / name)
+        assert b["config"]["precision"] == "bf16" and a["config"]["precision"] == "fp32"
+        assert all(w.dtype == torch.float32 for w in b["model"].values())
+        assert_close(a["model"], b["model"], rtol=0, atol=0.1)
+        assert any(not torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+        losses = [state["history"][-1]["test_loss"] for state in (a, b)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert train.parse([*FAST, "--precision", "auto"]).precision == "fp32"
+
+
+@pytest.mark.parametrize("words", ["--energy --target s", "--loss exact --target s"])
+def test_derivatives_are_not_trained_in_bf16(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.parse(["--precision", "bf16", *words.split()])
+    assert error.value.code == 2 and "--precision bf16 is too rough for derivatives" in capsys.readouterr().err
