@@ -1531,6 +1531,14 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("train_points.py", 'if precision == "bf16":', 'if precision == "fp32":'),
     ("conflicts.py", '== "bf16" and (config.get("energy")', '== "fp32" and (config.get("energy")'),
     ("conflicts.py", 'args.precision = "fp32" if', 'args.precision = "bf16" if'),
+    ("reproduce_fast.py", '["test_loss"] - one.history[-1]["optimum"]', '["test_loss"]'),
+    ("reproduce_fast.py", "statistics.mean(quick) / statistics.mean(thesis)",
+                          "statistics.mean(thesis) / statistics.mean(quick)"),
+    ("reproduce_fast.py", "sum(ratio <= 1 for", "sum(ratio >= 1 for"),
+    ("reproduce_fast.py", "seconds['fast'] / seconds['thesis']", "seconds['thesis'] / seconds['fast']"),
+    ("reproduce_fast.py", "math.exp(statistics.mean(math.log(", "math.exp(statistics.mean(("),
+    ("study.py", 'args.recipe == "fast" if fast is None else fast', "fast"),
+    ("reproduce.py", '(FAST_EPOCHS if args.recipe == "fast" else 100)', "100"),
     # Averaged weights
     ("adam.py", "1 - ema_decay(decay, step))", "ema_decay(decay, step))"),
     ("train_points.py", "itertools.count(len(histories[0]) * steps + 1)", "itertools.count(1)"),
@@ -1663,7 +1671,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "checkpoints.py": ["checkpoints", "adam", "robust", "run", "train"],
     **dict.fromkeys(("reproduce_variances.py", "reproduce_foundations.py", "reproduce_foundations_images.py",
                      "plots_chain.py"), ["foundations_cells", "foundations"]),
-    "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce"], "reproduce_thesis.py": ["reproduce"],
+    "metrics.py": ["metrics", "own_points", "fid"], "study.py": ["reproduce", "fast"], "reproduce_thesis.py": ["reproduce"],
     **dict.fromkeys(("reproduce_schedules.py", "reproduce_schedules_images.py"), ["schedules"]),
     "reproduce_vdm.py": ["weightings"], "plots_weightings.py": ["weightings"],
     "conflicts.py": ["weightings", "settings", "muon", "chain_runs"], "datasets2d.py": ["datasets2d", "guidance"],
@@ -1673,7 +1681,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "flow.py": ["dequantise", "likelihood"], "reproduce_control.py": ["control"],
     **{f"{name}.py": ["spaces"] for name in ("reproduce_spaces", "reproduce_embedded", "reproduce_weightings",
                                              "reproduce_spaces_images", "plots_spaces")},
-    "tables.py": ["movie", "likelihood"], "reproduce_few_images.py": ["few_images"],
+    "tables.py": ["movie", "likelihood"], "reproduce_few_images.py": ["few_images"], "reproduce_fast.py": ["fast"],
     **{f"reproduce_{name}.py": ["slides"] for name in ("slides", "scores", "modes", "frozen", "energies")},
 }
 
