@@ -11,19 +11,25 @@ class Adam:
 
     def __init__(self, parameters, lr):
         self.param_groups = [{"params": parameters, "lr": lr}]
-        self.state = [dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                      for p in parameters]
+        self.state = [dict(step=torch.tensor(0.0, device=p.device), exp_avg=torch.zeros_like(p),
+                           exp_avg_sq=torch.zeros_like(p)) for p in parameters]
 
     def zero_grad(self):
         for p in self.param_groups[0]["params"]:
             p.grad = None
 
-    @torch.no_grad()
     def step(self):
+        self.update(range(len(self.state)))
+
+    @torch.no_grad()
+    def update(self, which):
+        """A step of the parameters with these numbers."""
         group = self.param_groups[0]
-        steps, means, squares = ([moments[key] for moments in self.state] for key in ("step", "exp_avg", "exp_avg_sq"))
-        adam(group["params"], [p.grad for p in group["params"]], means, squares, [], steps, fused=True, amsgrad=False,
-             lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False)
+        parameters = [group["params"][i] for i in which]
+        steps, means, squares = ([self.state[i][key] for i in which] for key in ("step", "exp_avg", "exp_avg_sq"))
+        adam(parameters, [p.grad for p in parameters], means, squares, [], steps, fused=True, amsgrad=False,
+             lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False,
+             capturable=parameters[0].is_cuda)
 
     def state_dict(self):
         return {"state": dict(enumerate(self.state)), "param_groups": self.param_groups}

@@ -59,6 +59,7 @@ def completed(args):
         args.t_min = discrete.smallest_t(ddpm.fixed(args.schedule or "cosine"))
     if args.kind == "images":
         return
+    args.precision = "fp32" if args.precision == "auto" else args.precision
     if args.sigma is None and set(args.loss) & set(score_matching.OBJECTIVES):
         args.sigma = 0.1 if "denoising" in args.loss else 0.0
     if args.activation is None and (args.energy or set(args.loss) & set(score_matching.DERIVATIVE)):
@@ -83,6 +84,9 @@ def conflict(config):
                 f"{' or '.join(energy.TARGETS)}, and no learned variance - take --target s")
     if config.get("energy") and config["target"] == "s" and config["stabiliser"]:
         return "--energy is -log p of the score itself, which --stabiliser changes - leave one out"
+    if config.get("precision") == "bf16" and (config.get("energy") or config.get("sigma") is not None):
+        return ("--precision bf16 is too rough for derivatives of the network, which energies and scores without t "
+                "have - leave it out")
     if config.get("activation") == "relu" and (config["energy"] or loss in score_matching.DERIVATIVE):
         return ("ReLU has no second derivative, and the gradient of the loss would be wrong - "
                 "take --activation silu")

@@ -4,6 +4,7 @@ Not here: the tables and figures of each (`reproduce.py`).
 """
 import ddpm
 
+FAST, FAST_EPOCHS = ["--optimizer", "muon", "--batch-size", "1024", "--precision", "bf16"], 30       # with any of these
 CHAIN, CHAINS = ["--schedule", "ddpm", "--timesteps", "1000"], [10, 30, 100, 1000]
 # How networks are trained, and with which losses: the thesis's t and stabiliser (ERRATA.md entry 8), or exact weights.
 RECIPES = {

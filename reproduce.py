@@ -26,12 +26,13 @@ import reproduce_vdm
 import run
 import settings
 import train
+from recipes import FAST_EPOCHS
 from study import Study
 
 DOCUMENTS = {"thesis": reproduce_thesis, "beyond": reproduce_beyond, "foundations": reproduce_foundations,
              "slides": reproduce_slides, "vdm": reproduce_vdm, "poster": reproduce_poster}
 RESULTS = {name: (document, *row) for document, module in DOCUMENTS.items() for name, row in module.RESULTS.items()}
-DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000}
+DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000, "recipe": "thesis"}
 OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         # None: always said
 SET = "--target", "--loss", "--minutes", "--seed", "--seeds", "--resume", "--no-resume", "--overwrite"
 SET_BY = {"table4.2": SET, "tableF5.1-images": (*SET, "--schedule", "--timesteps", "--variance", "--train-steps"),
@@ -113,7 +114,9 @@ def parse(argv):
                                      usage="python reproduce.py NAME [options], see --help", allow_abbrev=False)
     parser.add_argument("name", choices=[*RESULTS, "all"], metavar="NAME", help="one of the above")
     parser.add_argument("--seeds", type=settings.number(int, 1), default=3, help="runs with seeds 0, 1, ... (3)")
-    parser.add_argument("--epochs", type=settings.number(int, 1), default=100, help="of each run (100)")
+    parser.add_argument("--epochs", type=settings.number(int, 1), help=f"of each run (100, fast: {FAST_EPOCHS})")
+    parser.add_argument("--recipe", choices=["thesis", "fast"], default="thesis",
+                        help="fast: Muon, larger batches and products in bf16, fewer epochs (thesis)")
     parser.add_argument("--num-samples", type=settings.number(int, 2000), default=10_000, help="of each run (10000)")
     parser.add_argument("--quick", action="store_true", help="--seeds 1 --epochs 20 --num-samples 2500")
     parser.add_argument("--recorded", action="store_true",
@@ -134,9 +137,11 @@ def parse(argv):
     for word in args.more:                 # train.py takes abbreviations
         if word.startswith("--") and any(option.startswith(word.split("=")[0]) for option in SET_BY[args.name]):
             parser.error(f"{word} is set by {args.name} itself - leave it out")
+    args.epochs = args.epochs or (FAST_EPOCHS if args.recipe == "fast" else 100)
     if args.quick:
         args.seeds, args.epochs, args.num_samples = 1, 20, 2500
-    full = (args.seeds, args.epochs, args.num_samples, args.data, args.more) == (3, 100, 10_000, "cifar10", [])
+    full = (args.seeds, args.epochs, args.num_samples, args.recipe, args.data, args.more) == (
+        3, 100, 10_000, "thesis", "cifar10", [])
     args.out = args.out or ("results" if full else f"{args.runs}/results")
     return args
 

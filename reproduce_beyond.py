@@ -15,6 +15,7 @@ import kind_points
 import likelihood
 import metrics
 import plots
+import reproduce_fast
 import reproduce_few
 import reproduce_few_images
 import run
@@ -221,5 +222,6 @@ RESULTS = {
                           "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
                           "grid t"),
     **reproduce_few_images.RESULTS,
+    **reproduce_fast.RESULTS,
 }
-TABLES = "likelihood", "schedules", "steps", "few", *reproduce_few_images.TABLES
+TABLES = "likelihood", "schedules", "steps", "few", *reproduce_few_images.TABLES, *reproduce_fast.TABLES

@@ -27,7 +27,7 @@ import tables
 import targets
 import train
 from datasets2d import DATASETS, FOUR
-from recipes import CHAINS, RECIPES  # noqa: F401 - of the tables
+from recipes import CHAINS, FAST, RECIPES  # noqa: F401 - of the tables
 
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]      # of samplers
@@ -83,10 +83,15 @@ class Study:
             raise SystemExit(f"no {part} of {name} in runs.jsonl - leave out --recorded to train what is missing")
         return self.records[name][part]
 
-    def trained(self, recipe, chosen=None, data=FOUR, target=TARGETS, epochs=None):
-        """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}."""
+    def trained(self, recipe, chosen=None, data=FOUR, target=TARGETS, epochs=None, fast=None):
+        """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}.
+
+        fast: with the options of `recipes.FAST`; None: if --recipe says so.
+        """
         (options, names), args = RECIPES[recipe], self.args
         epochs = epochs or args.epochs
+        if args.recipe == "fast" if fast is None else fast:
+            options, recipe = options + FAST, f"{recipe}-fast"
         root = Path(args.runs) / f"{recipe}-{epochs}-epochs"
         argv = ["--data", *data, "--target", *target, "--loss", *(chosen or names), *options,
                 "--seeds", str(args.seeds), "--epochs", str(epochs), "--out", str(root),

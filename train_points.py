@@ -30,17 +30,18 @@ import threads
 import variance as variances
 from adam import Adam, average
 from learned_schedule import Learner, move_ends
+from muon import Muon
 
 ENDS_POINTS = 5000     # that the ends of a learned schedule are moved with, an epoch
 
 
 def build_optimizer(model, config):
-    """Adam in one fused kernel; `train_epoch` sets its learning rate at every step. On CUDA fit to be captured."""
+    """Adam in one fused kernel, or Muon; `train_epoch` sets the rate at every step. On CUDA fit to be captured."""
     parameters = list(model.parameters())
     device = parameters[0].device
-    if device.type == "cpu":
-        return Adam(parameters, config["lr"])
     lr = torch.tensor(config["lr"], device=device) if device.type == "cuda" else config["lr"]
+    if device.type == "cpu" or config.get("optimizer") == "muon":
+        return (Muon if config.get("optimizer") == "muon" else Adam)(parameters, lr)
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 
@@ -69,12 +70,15 @@ def build_step(model, optimizer, members, variance="small", loss="mse", labels=F
     return step
 
 
-def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0, loss="mse", labels=False):
+def ready_step(model, optimizer, members, batch_size, dim=2, variance="small", columns=0, loss="mse", labels=False,
+               precision="fp32"):
     """`build_step`, on CUDA captured: there the launch of its hundred small kernels would take longer than they do.
 
     columns: how many it is given of `variance.columns`.
     """
     step, device = build_step(model, optimizer, members, variance, loss, labels), next(model.parameters()).device
+    if precision == "bf16":                # products alone; the weights stay in float32
+        step = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)(step)
     if device.type != "cuda":
         return threads.shared(step, device)
     rows = members * batch_size
@@ -159,7 +163,7 @@ def train_stack(runs, device, on_step, on_epoch, on_ready=lambda: None):
                                    "param_groups": optimizer.state_dict()["param_groups"]})
     step = ready_step(model, optimizer, members, shared["batch_size"], kind_points.dimension(shared),
                       shared["variance"], batches.has_bound(configs) * optimum.columns(shared), shared["loss"],
-                      shared["labels"])
+                      shared["labels"], shared["precision"])
 
     steps, saved_at, saving = epoch_steps(shared), -math.inf, 0.0
     number = itertools.count(len(histories[0]) * steps + 1)

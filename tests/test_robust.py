@@ -104,7 +104,7 @@ def complaint(capsys, main, *argv):
 # Numbers: of each option some values of no number, not finite, out of range
 WORDS = ["", "x", "nan", "inf", "-1", "1e400", "9" * 25]
 TRAIN_POINTS = ["t-min", "stabiliser", "epochs", "batch-size", "lr", "width", "seed", "seeds", "stack", "timesteps",
-                "vlb-weight"]
+                "vlb-weight", "ema"]
 TRAIN_IMAGES = ["image-size", "channels", "channel-mult", "layers", "mid-blocks", "attention", "ema", "warmup",
                 "clip-norm", "minutes", "test-every", "grid-every"]
 NUMBERS = [
@@ -141,7 +141,7 @@ LINES = [  # main, its arguments
         ["--target", "v", "--width", "8", "--epochs", "5", "--batch-size", "10000", "--resume"],
         ["--target", "v", "--width", "8", "--epochs", "4", "--batch-size", "10000"],
         ["--timesteps", "9", "--data", "dots", "--batch-size", "4", "--variance", "best"], ["--timesteps", "9", "9"],
-        ["--schedule", "cosine", "linear"], ["--t-min", "0.5"], ["--seed", "1.5"], ["--ema", "0.9"])],
+        ["--schedule", "cosine", "linear"], ["--t-min", "0.5"], ["--seed", "1.5"], ["--dropout", "0.9"])],
     *[(main, ["--ckpt", word]) for main in (sample.main, likelihood.main)
       for word in ("", "nowhere", "file", "loop", "dots", "dots/0.png", LONG, "x\0y", "runs", "bad.npz")],
     *[(main, ["--ckpt", POINTS, "--out", word]) for main in (sample.main, likelihood.main)

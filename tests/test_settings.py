@@ -51,7 +51,7 @@ def test_the_defaults_in_the_help():
     expected = {"schedule": " (cosine)", "t_min": " (0.001)", "stabiliser": " (0)", "width": " (128)",
                 "epochs": " (points: 100, images: 500)", "lr": " (points: 0.001, images: 0.0002)", "image_size": "",
                 "skip_corrupt": "", "minutes": "", "channel_mult": "", "ema": " (points: 0, images: 0.9999)",
-                "warmup": " (1000)", "precision": " (auto)", "grid_every": " (10000)"}
+                "warmup": " (1000)", "precision": " (points: fp32, images: auto)", "grid_every": " (10000)"}
     assert {name: text[name] for name in expected} == expected
     assert settings.default_text(settings.Setting("a", "", [1, 2], [3])) == " (points: 1 2, images: 3)"
 
@@ -67,9 +67,9 @@ def test_what_is_given_counts_for_its_kind_and_the_rest_are_its_defaults():
 
 def test_settings_of_the_other_kind_are_refused(capsys):
     for row in settings.SETTINGS:
-        value = {"preset": ["thesis"], "precision": ["bf16"], "skip_corrupt": [], "compile": [], "flip": [],
+        value = {"preset": ["thesis"], "skip_corrupt": [], "compile": [], "flip": [],
                  "dropout": ["0.5"], "energy": [], "activation": ["silu"],
-                 "labels": []}.get(row.name, ["8"])
+                 "labels": [], "optimizer": ["muon"]}.get(row.name, ["8"])
         option = f"--{row.name.replace('_', '-')}"
         if row.points is settings.ABSENT:
             exits_with_2([option, *value], f"{option} is a setting of images, not of points", capsys)
@@ -85,7 +85,7 @@ def test_a_config_has_the_settings_that_change_a_run():
     points, = settings.configs(train.parse([]))
     assert points.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
                              "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight", "sigma", "energy",
-                             "activation", "labels", "ema"}
+                             "activation", "labels", "ema", "optimizer", "precision"}
     images, = settings.configs(train.parse(["--data", "cifar10"]), shape=[3, 32, 32], flip=True, precision="bf16")
     assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                              "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",

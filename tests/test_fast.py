@@ -1,0 +1,107 @@
+"""Two recipes side by side, on a study of small networks; --recipe fast of any result."""
+import json
+import math
+
+import pytest
+from test_reproduce import expected_cell
+
+import kind_points
+import plots
+import reproduce
+import reproduce_fast
+import run
+import study as study_file
+from mlp import MLP
+
+SETS = ["clusters", "unequal"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(folder, text of the table): two seeds, two epochs of Adam and one of Muon."""
+    folder, patch = tmp_path_factory.mktemp("fast"), pytest.MonkeyPatch()
+    clear = lambda: [cache.cache_clear() for cache in (kind_points.floors, study_file.nelbo_points)]
+    clear()
+    patch.setattr(kind_points, "POINTS", 5000)
+    patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
+    patch.setattr(plots, "loss_curve", lambda *arguments: None)
+    patch.setattr(reproduce_fast, "FOUR", SETS)
+    patch.setattr(reproduce_fast, "FAST_EPOCHS", 1)
+    patch.setattr(reproduce_fast, "SAMPLER", (6, "dpmpp", "logsnr"))
+
+    def call(*more):
+        reproduce.main(["fast", "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu", "--runs",
+                        str(folder / "runs"), "--out", str(folder / "results"), *more])
+        return (folder / "results/beyond/fast.md").read_text().rsplit("\n`python", 1)[0]
+    text = call()
+    assert call("--recorded") == text
+    yield folder, text
+    patch.undo()
+    clear()
+
+
+def histories(folder, recipe, *key):
+    return [json.loads((folder / "runs" / recipe / "{}-{}-{}-s{}".format(*key, seed) / "metrics.jsonl").read_text()
+                       .splitlines()[-1]) for seed in (0, 1)]
+
+
+def test_distances_and_times_are_those_of_the_runs(study):
+    folder, text = study
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    cells = {line[0]: line[1:] for line in lines}
+    ratios, seconds = [], {}
+    for data in SETS:
+        for target in "x", "eps", "v", "s":
+            row = []
+            for loss in "mse", "nelbo_stable":
+                means = {}
+                for recipe in "stabilised-2-epochs", "stabilised-fast-1-epochs":
+                    last = histories(folder, recipe, data, target, loss)
+                    gaps = [h["test_loss"] - h["optimum"] for h in last]
+                    row.append(expected_cell([1000 * gap for gap in gaps]))
+                    means[recipe] = sum(gaps) / 2
+                    seconds[recipe] = seconds.get(recipe, 0.0) + sum(h["seconds"] for h in last)
+                ratios.append(means["stabilised-fast-1-epochs"] / means["stabilised-2-epochs"])
+            assert cells[f"{data}, {target}"] == row
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    slow, quick = seconds.values()
+    assert f"Of 16 test losses {sum(ratio <= 1 for ratio in ratios)} are no farther" in text
+    assert f"geometric mean {mean:.2f}, at most {max(ratios):.2f}." in text
+    assert f"a ratio of {quick / slow:.2f}." in text
+
+
+def test_what_it_does_to_v(study):
+    folder, text = study
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    of = {line[0]: line[1:] for line in lines if line[0].endswith((", thesis", ", fast"))}
+    assert [*of] == ["clusters, thesis", "clusters, fast", "unequal, thesis", "unequal, fast"]
+    for name, recipe in ("unequal, thesis", "stabilised-2-epochs"), ("unequal, fast", "stabilised-fast-1-epochs"):
+        folders = [folder / "runs" / recipe / f"unequal-v-mse-s{seed}" for seed in (0, 1)]
+        read = lambda file: [json.loads((one / file).read_text()) for one in folders]                   # noqa: B023
+        samples = read("steps-6-2000-dpmpp-logsnr/metrics.json")
+        assert of[name][0] == expected_cell([found["gap"] for found in read("nelbo-gap.json")])
+        assert of[name][1] == expected_cell([found["exact gap"][0] for found in read("exact-gap.json")])
+        assert of[name][2] == expected_cell([found["sliced_wasserstein"] for found in samples])
+        assert of[name][4] == expected_cell([found["log_density"] - found["log_density_data"] for found in samples])
+
+
+def test_the_fast_recipe_is_muon_in_bf16_with_larger_batches(study):
+    folder, _ = study
+    slow, fast = (run.open(folder / "runs" / recipe / "clusters-v-mse-s0").config
+                  for recipe in ("stabilised-2-epochs", "stabilised-fast-1-epochs"))
+    changed = {key: value for key, value in fast.items() if slow[key] != value}
+    assert changed == dict(optimizer="muon", precision="bf16", batch_size=1024, epochs=1)
+
+
+def test_recipe_fast_of_any_result():
+    """Fewer epochs unless they are said, and never into the results of the thesis's recipe."""
+    fast = reproduce.parse(["table4.1", "--recipe", "fast"])
+    assert (fast.epochs, fast.out) == (30, "runs/results")
+    assert reproduce.parse(["table4.1"]).epochs == 100 and reproduce.parse(["table4.1"]).out == "results"
+    assert reproduce.parse(["table4.1", "--recipe", "fast", "--epochs", "7"]).epochs == 7
+    study = reproduce.Study(fast)
+    line = {"curves": {"test_loss": [1.0]}, "optimum": {}, "seconds": 1.0}
+    study.records = {f"stabilised-fast/rings-v-mse-s{seed}": line for seed in range(3)}
+    fast.recorded = True
+    runs = study.trained("stabilised", ["mse"], ["rings"], ["v"])
+    assert {one.config["optimizer"] for one in runs.values()} == {"muon"}

@@ -1,0 +1,120 @@
+"""Muon: the polynomial of singular values by a decomposition, torch's own Muon and Adam, stacks and resumed runs."""
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import adam
+import kind_points
+import muon
+import run
+import train
+import train_points
+from mlp import MLP
+
+FAST = ["--data", "clusters", "--target", "x", "v", "--epochs", "2", "--batch-size", "5000", "--width", "8", "--device",
+        "cpu", "--optimizer", "muon"]
+
+
+def test_orthogonal_is_a_polynomial_of_the_singular_values():
+    """Five times 3.4445 s - 4.775 s^3 + 2.0315 s^5 of s over the norm of all, each matrix of a stack for itself."""
+    m = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    m[1] *= 1e-2
+    U, s, V = torch.linalg.svd(m)
+    s = s / s.square().sum(-1, keepdim=True).sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    assert_close(muon.orthogonal(m), U @ torch.diag_embed(s) @ V, rtol=1e-6, atol=1e-9)
+    assert (s[0] > 0.6).all() and (s < 1.3).all()
+    assert muon.orthogonal(torch.zeros(1, 4, 4)).abs().max() == 0             # a network that learns nothing yet
+
+
+def steps(optimizer, model, gradients):
+    for i, gradient in enumerate(gradients):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (i + 1)
+        for p, g in zip(model.parameters(), gradient):
+            p.grad = g.clone()
+        optimizer.step()
+
+
+def test_a_step_is_torchs_muon_for_square_weights_and_adam_for_the_others():
+    """torch's orthogonalises in bfloat16, of one matrix each."""
+    torch.manual_seed(0)
+    ours = MLP(width=16, members=1)
+    theirs, mine = copy.deepcopy(ours), muon.Muon(list(ours.parameters()), 1e-3)
+    before = copy.deepcopy(ours)
+    gradients = [[torch.randn_like(p) for p in ours.parameters()] for _ in range(4)]
+    steps(mine, ours, gradients)
+    other = adam.Adam(list(theirs.parameters()), 1e-3)
+    steps(other, theirs, gradients)
+    square = 0
+    for p, q, start, of in zip(ours.parameters(), theirs.parameters(), before.parameters(), zip(*gradients)):
+        if p.shape != (1, 16, 16):
+            assert_close(p, q, rtol=0, atol=0)
+            continue
+        single = torch.nn.Parameter(start[0].detach().clone())
+        theirs_muon = torch.optim.Muon([single], lr=0.02, momentum=0.95, weight_decay=0.0)
+        for i, g in enumerate(of):
+            theirs_muon.param_groups[0]["lr"] = 0.02 * (i + 1)
+            single.grad = g[0].clone()
+            theirs_muon.step()
+        moved, expected = p[0] - start[0], single - start[0]
+        assert (moved - expected).norm() < 0.03 * expected.norm()
+        square += 1
+    assert square == 5
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("muon")
+    train.main([*FAST, "--out", str(out)])
+    return out
+
+
+def test_a_member_is_the_network_trained_alone_and_a_killed_run_goes_on(trained, tmp_path, monkeypatch):
+    original = train_points.train_epoch
+
+    def stop(step, optimizer, data, epoch, *rest):
+        assert isinstance(optimizer, muon.Muon)
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return original(step, optimizer, data, epoch, *rest)
+    alone = [*FAST[:2], "--target", "v", *FAST[5:], "--out", str(tmp_path)]
+    monkeypatch.setattr(train_points, "train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(alone)
+    monkeypatch.undo()
+    train.main([*alone, "--resume"])
+    a, b = (run.load(folder / "clusters-v-mse-s0") for folder in (trained, tmp_path))
+    assert a["config"]["optimizer"] == "muon" and len(b["history"]) == 2
+    for part in "model", "optimizer":
+        assert_close(a[part], b[part], rtol=1e-3, atol=1e-5)
+
+
+def test_runs_of_before_have_adam(trained):
+    config = dict(run.load(trained / "clusters-v-mse-s0")["config"])
+    model = kind_points.build_model(config)
+    assert isinstance(train_points.build_optimizer(model, config), muon.Muon)
+    del config["optimizer"]
+    assert type(train_points.build_optimizer(model, config)) is adam.Adam
+
+
+def test_products_in_bf16_leave_the_weights_in_float32_and_change_them_a_little(trained, tmp_path):
+    train.main([*FAST, "--precision", "bf16", "--out", str(tmp_path)])
+    for name in "clusters-v-mse-s0", "clusters-x-mse-s0":
+        a, b = run.load(trained / name), run.load(tmp_path / name)
+        assert b["config"]["precision"] == "bf16" and a["config"]["precision"] == "fp32"
+        assert all(w.dtype == torch.float32 for w in b["model"].values())
+        assert_close(a["model"], b["model"], rtol=0, atol=0.1)
+        assert any(not torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+        losses = [state["history"][-1]["test_loss"] for state in (a, b)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert train.parse([*FAST, "--precision", "auto"]).precision == "fp32"
+
+
+@pytest.mark.parametrize("words", ["--energy --target s", "--loss exact --target s"])
+def test_derivatives_are_not_trained_in_bf16(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.parse(["--precision", "bf16", *words.split()])
+    assert error.value.code == 2 and "--precision bf16 is too rough for derivatives" in capsys.readouterr().err
