@@ -25,11 +25,6 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
 
 
-def clips(config, clip):
-    """Is x_hat kept in [-1, 1]? If that is asked for, of images."""
-    return clip and "latents" not in config
-
-
 def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
 
@@ -38,11 +33,11 @@ def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None
     model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. own: the
     schedule of the Run, where it is learned. under: the name of another one, see `invariance.py`.
     """
-    target = variances.predicted(config["target"])
+    target, clip = variances.predicted(config["target"]), clip and "latents" not in config
     model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own)
     with autocast(config, generator.device):
         x = samplers.sample(model, shape, steps, target=target, schedule=schedule, t_min=t_min, generator=generator,
-                            stabiliser=config["stabiliser"], clip=1.0 if clips(config, clip) else math.inf, **how)
+                            stabiliser=config["stabiliser"], clip=1.0 if clip else math.inf, **how)
     return images.to_uint8(latent_data.decoded(x, config))
 
 
@@ -77,7 +72,7 @@ def draw_folder(folder, one, n, args, device):
     t_min = run.smallest_t(config, args.t_min, **args.how)
     settings = dict(run=one.name, step=one.checkpoint["step"],
                     test_loss=one.history[-1]["test_loss"] if one.history else None,
-                    steps=args.steps, **args.how, t_min=t_min, clip=clips(config, args.clip),
+                    steps=args.steps, **args.how, t_min=t_min, clip=args.clip and "latents" not in config,
                     sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"],
                     device=str(device)) | {key: config[key] for key in guidance.SAMPLING if key in config}
     present, names = own_images(folder), [f"{i:05d}.png" for i in range(n)]
