@@ -16,6 +16,7 @@ import likelihood
 import metrics
 import plots
 import reproduce_few
+import reproduce_flows
 import run
 import samplers
 import targets
@@ -214,10 +215,12 @@ RESULTS = {
                                    "the exact denoiser, the rings"),
     "steps":      (steps, "how many function evaluations each sampler needs"),
     "few":        (reproduce_few.few, "v in 4 to 16 function evaluations, every sampler beside the exact denoiser"),
+    "eps-flows":  (reproduce_flows.eps_flows, "why flows of eps and s miss the floor in 32 evaluations, and what mends "
+                                              "it"),
     "steps-covariance": (over_evaluations("covariance_distance"),
                          "covariance distance over function evaluations, every dataset, target and sampler, grid t"),
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
                           "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
                           "grid t"),
 }
-TABLES = "likelihood", "schedules", "steps", "few"
+TABLES = "likelihood", "schedules", "steps", "few", "eps-flows"
