@@ -21,7 +21,7 @@ def doubling(panels, path):
             for grows in False, True:
                 shown = torch.where((change < 0) == grows, change.abs(), torch.nan)
                 ax.plot(T, shown, "--" if grows else "-", marker=markers[denoiser], markersize=5, linewidth=1.3,
-                        color=SCHEDULE_COLOURS[schedule], markerfacecolor="white" if grows else None,
+                        color=SCHEDULE_COLOURS.get(schedule, "#CC6677"), markerfacecolor="white" if grows else None,
                         label=None if grows else f"{schedule}, {denoiser}")
         ax.set(xscale="log", yscale="log", xlabel="T", title=title)
         ax.grid(alpha=0.3)

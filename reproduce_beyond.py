@@ -16,6 +16,7 @@ import likelihood
 import metrics
 import plots
 import reproduce_few
+import reproduce_few_images
 import reproduce_flows
 import run
 import samplers
@@ -222,5 +223,6 @@ RESULTS = {
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
                           "sliced Wasserstein distance over function evaluations, every dataset, target and sampler, "
                           "grid t"),
+    **reproduce_few_images.RESULTS,
 }
-TABLES = "likelihood", "schedules", "steps", "few", "eps-flows"
+TABLES = "likelihood", "schedules", "steps", "few", "eps-flows", *reproduce_few_images.TABLES

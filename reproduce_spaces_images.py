@@ -16,6 +16,7 @@ import likelihood
 import losses
 import run
 import train
+from decoders import discretised
 from study import rows
 
 SPACES = {"x": "rescaled", "eps": "simple", "v": "v_space"}
@@ -49,13 +50,23 @@ def test_losses(one, x):
     return {name: value / len(x) for name, value in total.items()}
 
 
+def saved(one, x):
+    """Variance of the bound's draws of t and noise without the control variate over that with it. x (n, C, H, W)."""
+    var = [likelihood.bound(one.model(), x, target=one.config["target"], schedule=one.schedule, decoder=discretised,
+                            draws=DRAWS, t_min=one.config["t_min"], control=control,
+                            generator=run.generator("cpu", "control"))["error"].square().mean()
+           for control in (False, True)]
+    return (var[0] / var[1]).item()
+
+
 def measure(one, data_dir):
-    """The three losses and the bound, bits/dim with its standard error over images, of a Run on images."""
+    """The three losses, the bound, bits/dim with its standard error over images, and `saved`, of a Run on images."""
     x = images.to_float(kind_images.load(one.config, "test", data_dir))
     terms, _ = likelihood.evaluate(one.model(), x[:BOUNDED], one.config, draws=DRAWS, num_ode=0, batch_size=100,
                                    generator=run.generator("cpu", "bound"))
     bits = terms["bound"] / (kind_images.dimension(one.config) * math.log(2))
-    return dict(losses=test_losses(one, x[:TESTED]), bound=[bits.mean().item(), (bits.std() / len(bits)**0.5).item()])
+    return dict(losses=test_losses(one, x[:TESTED]), bound=[bits.mean().item(), (bits.std() / len(bits)**0.5).item()],
+                saved=saved(one, x[:BOUNDED]))
 
 
 def table(study):
@@ -67,15 +78,16 @@ def table(study):
             run.write(path, json.dumps(measure(one, args.data_dir)).encode())
         found = json.loads(path.read_text())
         lines.append([target, f"{loss}", *(f"{value:.4g}" for value in found["losses"].values()),
-                      "{:.3f} +- {:.3f}".format(*found["bound"])])
+                      "{:.3f} +- {:.3f}".format(*found["bound"]), f"{found['saved']:.1f}"])
     config = one.config
     return rows(["target", "trained with", *(f"{name}-space, `{loss}`" for name, loss in SPACES.items()),
-                 "bound, bits/dim"], lines) + [
+                 "bound, bits/dim", "control saves"], lines) + [
         f"{args.data}, {'x'.join(map(str, config['shape']))}, averaged weights, one seed; {one.checkpoint['step']:,} "
         f"steps of {config['batch_size']} images in {config['precision']}, "
         f"{sum(value.numel() for value in one.checkpoint['ema'].values()):,} parameters, {config['schedule']} "
         f"schedule. Losses of {TESTED:,} test images, t uniform in [0.001, 0.999]: the three of a row are one error, "
-        f"weighed in three ways. Bound: {BOUNDED} test images, {DRAWS} draws each, +- standard error over images."]
+        f"weighed in three ways. Bound: {BOUNDED} test images, {DRAWS} draws each, +- standard error over images. "
+        "control saves: the variance of a draw of the bound without control variate (`control.py`) over that with it."]
 
 
 def fig_samples(study, path):

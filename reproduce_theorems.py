@@ -26,6 +26,7 @@ F64 = torch.float64
 SETS, SHOWN = ("clusters", "rings"), ("cosine", "linear", "flow", "ve", "edm")
 LOW, HIGH = -9.0, 9.0                  # log-SNRs, the ends of all schedules in the tables
 POINTS, BATCH = 100_000, 1000          # draws, and those over which t is stratified
+EVALUATIONS = 64                       # of samples
 TRAINED = dict(recipe="plain", chosen=["mse"], data=SETS, target=["v"])
 
 
@@ -94,9 +95,6 @@ def information(data, n=20_000):
     x, eps = DATASETS[data].sample(n, g, F64), torch.randn(n, 2, generator=g, dtype=F64)
     terms = noisy_bound(DATASETS[data], x, eps, torch.full((n,), HIGH, dtype=F64))
     return terms.mean().item(), (terms.std() / n**0.5).item()
-
-
-EVALUATIONS = 64
 
 
 def samples_table(study):
@@ -275,12 +273,19 @@ def loss_of(steps, schedule, data, extra, t_min=1e-3):
     return 0.5 * ((snr[:-1] - snr[1:]) * error).sum()
 
 
+def changes(schedule, data):
+    """{denoiser: L_T - L_2T of each T in STEPS}, lists."""
+    return {name: [(loss_of(T, schedule, data, extra) - loss_of(2 * T, schedule, data, extra)).item()
+                   for T in STEPS.tolist()] for name, extra in DENOISERS.items()}
+
+
 def fig_doubling(study, path):
-    """VDM 3.105 - 3.111: L_T - L_2T over T."""
-    panels = {data: {(name, denoiser): (STEPS, torch.stack([
-        loss_of(T, SCHEDULES[name], data, extra) - loss_of(2 * T, SCHEDULES[name], data, extra)
-        for T in STEPS.tolist()])) for denoiser, extra in DENOISERS.items() for name in ("cosine", "linear")}
-        for data in SETS}
+    """VDM 3.105 - 3.111: L_T - L_2T over T; learned: seed 0."""
+    learned = study.measured(study.trained("learned", data=SETS, target=["v"]), "doubling",
+                             lambda one: changes(one.schedule, one.config["data"]))
+    panels = {data: {(name, denoiser): (STEPS, torch.tensor(change)) for name, of in {
+        "cosine": changes(SCHEDULES["cosine"], data), "learned": learned[data, "v", "nelbo", 0]}.items()
+        for denoiser, change in of.items()} for data in SETS}
     plots_theorems.doubling(panels, path)
 
 

@@ -1430,6 +1430,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("weightings.py", "w[-1] * bound[-1] - w[0] * bound[0]", "w[-1] * bound[-1]"),
     ("weightings.py", "steps.clamp(min=0).sum() /", "-steps.clamp(max=0).sum() /"),
     ("weightings.py", "> 1e-9 * w.abs().max()", "> 0"),
+    ("reproduce_theorems.py", "- loss_of(2 * T, schedule", "- loss_of(T, schedule"),
+    ("reproduce_theorems.py", "changes(one.schedule, one", 'changes(SCHEDULES["cosine"], one'),
     ("reproduce_theorems.py", '("learned", learned)]', '("learned", SCHEDULES["cosine"])]'),
     ("reproduce_theorems.py", "torch.cat([2 * losses.loss(network", "torch.cat([losses.loss(network"),
     ("reproduce_theorems.py", "(factor * eps_hat - eps)", "(eps_hat - eps)"),
@@ -1563,10 +1565,19 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("conflicts.py", 'is not None and "hybrid" not in args.loss', 'is not None and "hybrid" in args.loss'),
     ("reproduce_weightings.py", 'if abs(value) < 100 else f"{value:.0f}"', 'if True else f"{value:.0f}"'),
     ("reproduce_weightings.py", '"" if loss in FALLS else " (rises)"', '" (rises)" if loss in FALLS else ""'),
+    ("reproduce_spaces_images.py", "(var[0] / var[1])", "(var[1] / var[0])"),
     ("reproduce_spaces_images.py", 'one.config["target"], t, one.schedule)', 'name, t, one.schedule)'),
     ("reproduce_spaces_images.py", "value / len(x) for name", "value for name"),
     ("reproduce_spaces_images.py", "str(args.budget / 9)", "str(args.budget)"),
     ("reproduce_spaces_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
+    # Images in few evaluations
+    ("reproduce_few_images.py", "square().mean().sqrt()", "square().mean()"),
+    ("reproduce_few_images.py", "a.float() - b.float()", "a - b"),
+    ("reproduce_few_images.py", "flow.roll(1, 0)", "flow"),
+    ("reproduce_few_images.py", "return min(itertools", "return max(itertools"),
+    ("reproduce_few_images.py", "draw(one, sampler, grid, n))", "draw(one, sampler, grid, 8))"),
+    ("reproduce_few_images.py", "sampler=sampler, grid=grid)", "sampler=sampler)"),
+    ("reproduce_few_images.py", "path.stat().st_mtime < (one.folder", "path.stat().st_mtime > (one.folder"),
     # A learned schedule
     ("learned_schedule.py", "2 / math.pi * torch.atan(torch.exp(-0.5 * logsnr))",
                              "2 / math.pi * torch.atan(torch.exp(-logsnr))"),
@@ -1702,7 +1713,7 @@ OWN_TESTS = {          # where it is not the test file of that name alone; the l
     "flow.py": ["dequantise", "likelihood"], "reproduce_control.py": ["control"],
     **{f"{name}.py": ["spaces"] for name in ("reproduce_spaces", "reproduce_embedded", "reproduce_weightings",
                                              "reproduce_spaces_images", "plots_spaces")},
-    "tables.py": ["movie", "likelihood"], "reproduce_flows.py": ["flows"],
+    "tables.py": ["movie", "likelihood"], "reproduce_flows.py": ["flows"], "reproduce_few_images.py": ["few_images"],
     **{f"reproduce_{name}.py": ["slides"] for name in ("slides", "scores", "modes", "frozen", "energies")},
 }
 

@@ -306,6 +306,17 @@ def test_losses_of_images_are_one_error_in_three_spaces():
     assert found["v"] == pytest.approx((0.25 / angle.sin()**2).mean().item(), rel=1e-4)
 
 
+def test_of_gaussian_images_the_control_variate_saves_all():
+    """eps_hat = sigma z is exact for N(0, I); with eps_hat = 0 little is in common."""
+    how = dict(config=dict(target="eps", t_min=1e-3), schedule=COSINE)
+    x = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigma = lambda t: torch.sin(math.pi / 2 * t)[:, None, None, None]
+    exact = SimpleNamespace(model=lambda: lambda z, t: sigma(t) * z, **how)
+    nothing = SimpleNamespace(model=lambda: lambda z, t: 0 * z, **how)
+    assert reproduce_spaces_images.saved(exact, x) > 1e4
+    assert 0.9 < reproduce_spaces_images.saved(nothing, x) < 3
+
+
 def test_the_table_of_images_has_equal_steps_and_each_runs_numbers(tmp_path, monkeypatch):
     calls, opened = [], []
 
@@ -320,7 +331,7 @@ def test_the_table_of_images_has_equal_steps_and_each_runs_numbers(tmp_path, mon
 
     def measure(one, data_dir):
         opened.append(one)
-        return dict(losses={"x": len(opened) / 10, "eps": 2.0, "v": 3.0}, bound=[4.5678, 0.05])
+        return dict(losses={"x": len(opened) / 10, "eps": 2.0, "v": 3.0}, bound=[4.5678, 0.05], saved=2.04)
     monkeypatch.setattr(train, "main", trained)
     monkeypatch.setattr(run, "open", lambda folder: SimpleNamespace(
         folder=folder, model=lambda: None, checkpoint=dict(step=77, ema=dict(w=torch.zeros(3, 5))),
@@ -332,10 +343,12 @@ def test_the_table_of_images_has_equal_steps_and_each_runs_numbers(tmp_path, mon
         lines = [[c.strip() for c in line.strip("|").split("|")] for line in reproduce_spaces_images.table(study)
                  if line.startswith("|")]
     assert len(opened) == 9 and "--minutes 2.0 --channels 8 --resume" in " ".join(calls[0])
-    assert lines[2] == ["x", "rescaled", "0.1", "2", "3", "4.568 +- 0.050"] and lines[10][:3] == ["v", "v_space", "0.9"]
+    assert lines[2] == ["x", "rescaled", "0.1", "2", "3", "4.568 +- 0.050", "2.0"]
+    assert lines[10][:3] == ["v", "v_space", "0.9"]
     later = (tmp_path / "images-spaces/set-x-simple-s0/spaces.json").stat().st_mtime + 9
     os.utime(tmp_path / "images-spaces/set-x-simple-s0/ckpt.pt", (later, later))      # trained again: measured again
-    assert "| x | simple | 1 | 2 | 3 | 4.568 +- 0.050 |" in reproduce_spaces_images.table(study) and len(opened) == 10
+    assert "| x | simple | 1 | 2 | 3 | 4.568 +- 0.050 | 2.0 |" in reproduce_spaces_images.table(study)
+    assert len(opened) == 10
     drawn = []
 
     def draw(model, shape, steps, config, g, **how):
