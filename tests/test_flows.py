@@ -76,8 +76,10 @@ def test_the_part_of_the_schedule_is_that_of_sampling():
 
 @pytest.mark.parametrize("t", [0.999, 0.5, 0.01])
 def test_the_error_of_eps_hat(t):
-    """Off by 3 and 4 in its axes: the root of (9 + 16) / 2."""
+    """Off by 3 and 4 in its axes: the root of (9 + 16) / 2; and z has noise of deviation sigma."""
     def denoise(z, t):
+        noise = z - math.cos(math.pi / 2 * t) * kind_points.load(ONE["v"].config)[:100]
+        assert noise.std().item() == pytest.approx(math.sin(math.pi / 2 * t), rel=0.15)
         eps = CLUSTERS.optimal_model("eps", COSINE)(z, t.expand(len(z)))
         return None, eps + torch.tensor([3.0, 4.0])
     one = SimpleNamespace(config=ONE["v"].config, denoiser=lambda: denoise)
@@ -101,11 +103,12 @@ def test_ways_that_change_the_prediction_where_they_say(target):
         close(late, exact(t) if t > 0.8 else own(t))
 
 
-def test_the_options_of_the_other_ways():
+def test_the_options_of_the_other_ways(monkeypatch):
+    monkeypatch.setattr(kind_points, "load", lambda config: torch.tensor([[-3.0, 1.0], [2.0, 0.0]]))
     options = lambda way: reproduce_flows.options(ONE["eps"], way)
     assert options("as it is") == {} and options("grid logsnr") == {"grid": "logsnr"}
     assert options("t_max 0.95") == {"t_max": 0.95}
-    assert options("clip") == {"clip": kind_points.load(ONE["eps"].config).abs().max().item()}
+    assert options("clip") == {"clip": 3.0}
 
 
 @pytest.mark.parametrize("t", [0.001, 0.3, 0.999])
@@ -211,6 +214,8 @@ def test_the_table_of_flows(study):
     assert [line[0] for line in keeps] == ["t, t_max 0.999", "logsnr, t_max 0.999", "t, t_max 0.8"]
     times = torch.tensor([1e-3 + (0.8 - 1e-3) * i / 6 for i in range(6, 0, -1)], dtype=F64)
     assert keeps[2][1:4] == [f"{reproduce_flows.kept(target, times, COSINE):.2f}" for target in ("eps", "s", "v")]
+    times = samplers.GRIDS["logsnr"](6, COSINE, 1e-3, dtype=F64)
+    assert keeps[1][1:4] == [f"{reproduce_flows.kept(target, times, COSINE):.2f}" for target in ("eps", "s", "v")]
     assert len(keeps[2]) == 5 and keeps[2][4] == f"{reproduce_flows.price(CLUSTERS, 0.8):.0e}" == "1e-05"
 
 
