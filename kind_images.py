@@ -135,14 +135,14 @@ def test(model, data, config, device):
     return dict(zip(["test_loss", *(f"test_{name}" for name in names)], (total / n).tolist()))
 
 
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, **how):
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, t_max=None, **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
 
     model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. own: the
-    schedule of the Run, where it is learned. under: the name of another one, see `invariance.py`.
+    schedule of the Run, where it is learned. under, t_max: another's name, where noise is, see `invariance.py`.
     """
     target = variances.predicted(config["target"])
-    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own)
+    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own, t_max)
     with autocast(config, generator.device):
         x = samplers.sample(model, shape, steps, target=target, schedule=schedule, t_min=t_min, generator=generator,
                             stabiliser=config["stabiliser"], clip=1.0 if clip else math.inf, **how)
