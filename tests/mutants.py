@@ -473,7 +473,6 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("arguments.py", "for word in difflib.get_close_matches(found[1], known, 1) if found else ():", "for word in ():"),
     ("arguments.py", '    if not text:\n        raise argparse', '    if False:\n        raise argparse'),
     ("settings.py", "if must and of in kinds and key not in config:", "if False:"),
-    ("train_points.py", "    if states[0]:\n", "    if False:\n"),
     ("train_images.py", "over = step >= steps or seconds", "over = step == steps or seconds"),
     # The UNet
     ("unet.py", "torch.exp(-math.log(10_000) / (self.half - 1)", "torch.exp(-math.log(10_000) / self.half"),

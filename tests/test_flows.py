@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_reproduce import expected_cell
+from test_slides import CACHES
 from torch.testing import assert_close
 
 import invariance
@@ -134,7 +135,8 @@ def call(folder, *more):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder, patch = tmp_path_factory.mktemp("flows"), pytest.MonkeyPatch()
-    kind_points.floors.cache_clear()                                   # of another number of points
+    for cache in CACHES:                                               # of another number of points
+        cache.cache_clear()
     patch.setattr(kind_points, "POINTS", 5000)
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
     patch.setattr(plots, "loss_curve", lambda *arguments: None)
@@ -146,7 +148,8 @@ def study(tmp_path_factory):
     patch.setattr(study_file, "ODE_STEPS", 2)
     yield folder, call(folder)
     patch.undo()
-    kind_points.floors.cache_clear()
+    for cache in CACHES:
+        cache.cache_clear()
 
 
 def tables(text):
