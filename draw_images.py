@@ -25,19 +25,25 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
 
 
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, **how):
+def clips(config, clip):
+    """Is x_hat kept in [-1, 1]? If that is asked for, of images."""
+    return clip and "latents" not in config
+
+
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, t_max=None,
+         **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
 
     shape: of what the model sees; latents are not clipped, and decoded.
 
     model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. own: the
-    schedule of the Run, where it is learned. under: the name of another one, see `invariance.py`.
+    schedule of the Run, where it is learned. under, t_max: another's name, where noise is, see `invariance.py`.
     """
-    target, clip = variances.predicted(config["target"]), clip and "latents" not in config
-    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own)
+    target = variances.predicted(config["target"])
+    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own, t_max)
     with autocast(config, generator.device):
         x = samplers.sample(model, shape, steps, target=target, schedule=schedule, t_min=t_min, generator=generator,
-                            stabiliser=config["stabiliser"], clip=1.0 if clip else math.inf, **how)
+                            stabiliser=config["stabiliser"], clip=1.0 if clips(config, clip) else math.inf, **how)
     return images.to_uint8(latent_data.decoded(x, config))
 
 
@@ -72,7 +78,7 @@ def draw_folder(folder, one, n, args, device):
     t_min = run.smallest_t(config, args.t_min, **args.how)
     settings = dict(run=one.name, step=one.checkpoint["step"],
                     test_loss=one.history[-1]["test_loss"] if one.history else None,
-                    steps=args.steps, **args.how, t_min=t_min, clip=args.clip and "latents" not in config,
+                    steps=args.steps, **args.how, t_min=t_min, clip=clips(config, args.clip),
                     sampling_seed=args.seed, batch_size=args.batch_size, precision=config["precision"],
                     device=str(device)) | {key: config[key] for key in guidance.SAMPLING if key in config}
     present, names = own_images(folder), [f"{i:05d}.png" for i in range(n)]

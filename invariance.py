@@ -71,28 +71,33 @@ def under(model, target, own, other, stabiliser=0.0):
     return of_other
 
 
-def check(config, name):
-    """ValueError, one sentence, if a run cannot be used under another schedule. name: of SCHEDULES, or None."""
+def check(config, name, t_max=None):
+    """ValueError, one sentence, if a run cannot be used under another schedule, or up to another t.
+
+    name: of SCHEDULES, or None.
+    """
     if name is not None and name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: choose from {', '.join(SCHEDULES)}")
-    if name and config.get("timesteps"):
-        raise ValueError("its network knows the times of a chain alone - leave out --schedule, or train without "
-                         "--timesteps")
-    if name and config.get("sigma") is not None:
-        raise ValueError("its score has no t, and so no schedule - leave out --schedule")
+    if (name or t_max) and config.get("timesteps"):
+        raise ValueError("its network knows the times of a chain alone - leave out --schedule and --t-max, or train "
+                         "without --timesteps")
+    if (name or t_max) and config.get("sigma") is not None:
+        raise ValueError("its score has no t, and so no schedule - leave out --schedule and --t-max")
 
 
-def of_run(model, target, config, t_min, name=None, own=None):
+def of_run(model, target, config, t_min, name=None, own=None, t_max=None):
     """The network of a run under the schedule called `name` -> model, schedule and t_min to sample or to test it with.
 
     t_min: the ends under its own schedule, where the other's are put; its own t_min is then 0. None: as it is. own: the
-    schedule of the Run, where it is learned.
+    schedule of the Run, where it is learned. t_max: its time where noise is N(0, I), in place of 1 - t_min.
     """
-    check(config, name)
+    check(config, name, t_max)
     own = own or ddpm.fixed(config["schedule"])
-    if name is None:
+    if name is None and t_max is None:
         return model, own, t_min
-    other = between(SCHEDULES[name], *own.ends(t_min))
+    low, high = own.ends(t_min)
+    low = low if t_max is None else own.logsnr(torch.tensor(t_max, dtype=torch.float64)).item()
+    other = between(SCHEDULES[name] if name else own, low, high)
     return under(model, target, own, other, config["stabiliser"]), other, 0.0
 
 

@@ -110,12 +110,12 @@ def in_chunks(model, members=1, config=None):
     return stack.in_chunks(guidance.of_run(model, config or {}), members, 5000 if cpu else 2**20)
 
 
-def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, under=None, watch=lambda model: model,
-         **how):
+def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, under=None, t_max=None,
+         watch=lambda model: model, **how):
     """Samples of a Run or Stack -> (M, num_samples, D), on the CPU; all members get the same noise.
 
     how: sampler, grid and eta of `samplers.sample`, where they are not the default, and the variance where it is not
-    the runs' own. under: the name of another schedule, see `invariance.py`. watch: of a film of it.
+    the runs' own. under, t_max: another schedule's name, where noise is, see `invariance.py`. watch: of a film of it.
     """
     members, variance = len(runs.members), variances.chosen(
         runs.config, how.pop("variance", None), how.get("sampler", "ancestral"), steps, how.get("grid", "t"), t_min)
@@ -129,7 +129,7 @@ def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, unde
     model = watch(progress.counted(threads.shared(
         in_chunks(runs.model(device, out=variance in variances.LEARNED), members, runs.config), device), add))
     names, t_min = [run.target for run in runs.members], run.smallest_t(runs.config, t_min, **how)
-    model, schedule, t_min = invariance.of_run(model, names, runs.config, t_min, under, runs.schedule)
+    model, schedule, t_min = invariance.of_run(model, names, runs.config, t_min, under, runs.schedule, t_max)
     samples = samplers.sample(model, (num_samples, dimension(runs.config)), steps, target=names, schedule=schedule,
                               t_min=t_min, generator=run.generator(device, seed, "sample"),
                               stabiliser=runs.config["stabiliser"], **how)
@@ -234,8 +234,8 @@ def table_rows(one, result):
     """What was measured of one Run as a row of a table, and what perfect samples have as another."""
     facts = {key: result.get(key) for key in (
         "steps", "sampler", "grid", "eta", "variance", "num_samples", "sampling_seed")}
-    facts |= {key: result[key] for key in ("under", "step_size", "steps_per_level", "metropolis", *guidance.SAMPLING)
-              if key in result}
+    facts |= {key: result[key] for key in (
+        "under", "t_max", "step_size", "steps_per_level", "metropolis", *guidance.SAMPLING) if key in result}
     best = [*(result[f"{key}_floor"]["mean"] for key in MEASURED[:-1]), result.get("log_density_data")]
     names = [name.replace("_", " ") for name in MEASURED]
     return ({"run": str(one.folder), **dict(zip(names, map(result.get, MEASURED))), **facts},

@@ -93,18 +93,18 @@ def variance_of(config, variance, steps):
 
 def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="logsnr", num_ode=None, ode_steps=64,
              tolerance=None, probes=None, t_min=None, batch_size=5000, generator=None, progress=lambda done: None,
-             under=None, own=None, dequantisation="uniform"):
+             under=None, own=None, dequantisation="uniform", t_max=None):
     """All terms of data x for the network of a run -> dict of (n,) in nats, and the evaluations of the network (ODE).
 
     x: points (n, D), or images as float levels in [-1, 1], (n, C, H, W). "exact" is -log p(x) of the ODE, for the first
     num_ode of them (all); draws, steps are those of `bound`, ode_steps, tolerance, probes of `log_likelihood`. Images
     have a density only with noise in their bins, of `dequantise.DEQUANTISATIONS`: "exact" is then log q(u | x) more, on
     average not below -log P(x). t_min: `run.smallest_t`. Of a run on a chain the bound is of its own steps and
-    variance, or those asked for, all terms; model: with `out`. under, own: of `invariance.of_run`.
+    variance, or those asked for, all terms; model: with `out`. under, own, t_max: of `invariance.of_run`.
     """
     levels, variance, data = x.ndim > 2 and "latents" not in config, variance_of(config, variance, steps), None
     target, t_min = variances.predicted(config["target"]), run.smallest_t(config, t_min, "flow")
-    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own)
+    model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own, t_max)
     if variance == "best":
         data = run.kind_module(settings.kind(config)).dataset(config)
     shared = dict(target=target, schedule=schedule, stabiliser=config["stabiliser"], generator=generator)
@@ -137,7 +137,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
 
 
 SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "variance", "uniform", "num_ode", "ode_steps",
-            "tolerance", "probes", "dequantisation", "chains", "under")      # that a result depends on
+            "tolerance", "probes", "dequantisation", "chains", "under", "t_max")      # that a result depends on
 
 
 def complete(args, one):
@@ -158,6 +158,8 @@ def parse(argv):
                         help="where z_0 and z_1 are, of a chain in the flow alone (that of training, at least 0.001)")
     parser.add_argument("--schedule", dest="under", choices=SCHEDULES,
                         help="another than that of training, with the same end log-SNRs, see invariance.py (its own)")
+    parser.add_argument("--t-max", type=settings.number(float, 0.5, 1 - 1e-6),
+                        help="where z_1 is and noise is N(0, I), see sample.py (1 - t_min)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of t and noise (0)")
     parser.add_argument("--batch-size", type=settings.number(int, 1, 10**9),
                         help="examples at once (points: 5000, images: 50)")
@@ -188,8 +190,8 @@ def parse(argv):
                         help="write the results as a table, a row for each run")
     args = parser.parse_args(argv)
     args.defaults = {name: parser.get_default(name) for name in SETTINGS}
-    if args.chains and args.under:
-        parser.error("--chains are of the schedule of training - leave out --schedule")
+    if args.chains and (args.under or args.t_max):
+        parser.error("--chains are of the schedule of training - leave out --schedule and --t-max")
     if args.num_ode == 1:
         parser.error("--num-ode must be 0 or at least 2: one example has no error")
     return args
@@ -202,7 +204,7 @@ def main(argv=None):
     for one, _ in chosen:                                  # before hours of work, not after
         try:
             variance_of(one.config, asked.variance, asked.steps)
-            invariance.check(one.config, asked.under)
+            invariance.check(one.config, asked.under, asked.t_max)
             if asked.dequantisation and "latents" in one.config:
                 raise ValueError("latents are no grey levels - leave out --dequantisation")
             if asked.chains:
@@ -236,7 +238,7 @@ def main(argv=None):
                     model, x, one.config, args.draws, args.steps, args.variance, args.uniform, args.num_ode,
                     args.ode_steps, args.tolerance, args.probes, args.t_min, args.batch_size,
                     run.generator(device, args.seed, "likelihood"), progress, args.under, one.schedule,
-                    args.dequantisation)
+                    args.dequantisation, args.t_max)
                 if args.chains:
                     terms |= chains.terms(chains.of_run(
                         one, x, args.chains, args.steps, args.variance, args.t_min, args.batch_size,
@@ -244,7 +246,7 @@ def main(argv=None):
         except ValueError as error:
             raise SystemExit(f"{one.folder}: {error}") from None
         result = tables.likelihood(one, terms, args, show, draws=args.draws, probes=args.probes,
-                                   under=args.under, evaluations=evaluations, device=str(device),
+                                   under=args.under, t_max=args.t_max, evaluations=evaluations, device=str(device),
                                    seconds=time.perf_counter() - start)
         file = tables.file_name(args)
         run.write(out / file, json.dumps(result, indent=2).encode())

@@ -18,6 +18,7 @@ import plots
 import reproduce_fast
 import reproduce_few
 import reproduce_few_images
+import reproduce_flows
 import run
 import samplers
 import targets
@@ -216,6 +217,8 @@ RESULTS = {
                                    "the exact denoiser, the rings"),
     "steps":      (steps, "how many function evaluations each sampler needs"),
     "few":        (reproduce_few.few, "v in 4 to 16 function evaluations, every sampler beside the exact denoiser"),
+    "eps-flows":  (reproduce_flows.eps_flows, "why flows of eps and s miss the floor in 32 evaluations, and what mends "
+                                              "it"),
     "steps-covariance": (over_evaluations("covariance_distance"),
                          "covariance distance over function evaluations, every dataset, target and sampler, grid t"),
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
@@ -224,4 +227,5 @@ RESULTS = {
     **reproduce_few_images.RESULTS,
     **reproduce_fast.RESULTS,
 }
-TABLES = "likelihood", "schedules", "steps", "few", *reproduce_few_images.TABLES, *reproduce_fast.TABLES
+TABLES = ("likelihood", "schedules", "steps", "few", "eps-flows", *reproduce_few_images.TABLES,
+          *reproduce_fast.TABLES)

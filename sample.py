@@ -61,6 +61,8 @@ def parse(argv):
                         help="of --sampler ancestral (the run's own, small unless it was trained on a chain)")
     parser.add_argument("--t-min", type=settings.number(float, 1e-6, 0.49),
                         help="the steps divide [t_min, 1 - t_min] (that of training, at least 0.001)")
+    parser.add_argument("--t-max", type=settings.number(float, 0.5, 1 - 1e-6),
+                        help="where noise is N(0, I), for flows of eps and s: 0.8 (1 - t_min)")
     parser.add_argument("--label", type=settings.number(int, 0, 10**6), nargs="+",
                         help="of a run with --labels: samples of each of these, of several in folders label-<label>, "
                         "and of images one grid of them, a row each")
@@ -98,9 +100,9 @@ def parse(argv):
         parser.error("--sampler ancestral has a variance: choose " + ", ".join(VARIANCES))
     if args.grid == "rescaled" and args.sampler in ("sde", "euler", "heun", "annealed"):
         parser.error(f"--grid rescaled is known at its own steps alone, and --sampler {args.sampler} needs its slope")
-    if args.grid == "rescaled" and args.under:
-        parser.error("--grid rescaled is a chain of its own - leave out --schedule")
-    for name, of in dict(grid=[*samplers.SAMPLERS], t_min=[*samplers.SAMPLERS], under=[*samplers.SAMPLERS],
+    if args.grid == "rescaled" and (args.under or args.t_max):
+        parser.error("--grid rescaled is a chain of its own - leave out --schedule and --t-max")
+    for name, of in dict(**dict.fromkeys(("grid", "t_min", "t_max", "under"), [*samplers.SAMPLERS]),
                          step_size=["langevin", "annealed"], metropolis=["langevin"], steps_per_level=["annealed"],
                          eta=["ddim", "sde"], churn=["heun"]).items():
         if getattr(args, name) is not None and args.sampler not in of:
@@ -119,7 +121,7 @@ def parse(argv):
     if args.sampler != "langevin":
         args.grid = args.grid or ("logsnr" if args.sampler == "annealed" else "t")
     args.how = {name: getattr(args, name) for name in (
-        "sampler", "grid", "under", "eta", "churn", "variance", "step_size", "steps_per_level", "metropolis")
+        "sampler", "grid", "under", "t_max", "eta", "churn", "variance", "step_size", "steps_per_level", "metropolis")
         if getattr(args, name) is not None}
     args.in_words = ", ".join(f"{key} {value}" for key, value in args.how.items())
     return args
@@ -146,7 +148,7 @@ def main(argv=None):
                 runs.append((of_label(one, label, args.guidance, args.guidance_interval),
                              folder / f"label-{label}" if len(labels) > 1 else folder))
             variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
-            invariance.check(one.config, args.under)
+            invariance.check(one.config, args.under, args.t_max)
             if args.grid == "rescaled":
                 discrete.rescaled(one.schedule, args.steps)
             if args.metropolis and not one.config["energy"]:

@@ -192,8 +192,11 @@ class Study:
                 | {f"{name}_floor": {"mean": mean, "std": std} for name, (mean, std) in floors.items()}
                 | {"log_density_data": log_density, "folder": Missing()})
 
-    def likelihoods(self, runs):
-        """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-*."""
+    def likelihoods(self, runs, t_max=None):
+        """Measure what is missing of the likelihoods of runs -> {key: {name: (mean, error)}}, in <run>/likelihood-*.
+
+        t_max: of `invariance.of_run`.
+        """
         n = min(self.args.num_samples // 4, kind_points.POINTS)
 
         def measure(one):
@@ -202,13 +205,14 @@ class Study:
             model = one.model(self.device, out=True).to(x.dtype)
             terms, _ = likelihood.evaluate(model, x, config, 2 if config.get("timesteps") else DRAWS,
                                            ode_steps=ODE_STEPS, generator=run.generator(self.device, "likelihood"),
-                                           own=one.schedule)
+                                           own=one.schedule, t_max=t_max)
             terms["entropy"] = -DATASETS[config["data"]].log_prob(x.cpu())
             gaps = {f"{name} gap": terms[name] - terms["entropy"] for name in ("bound", "exact")}
             return ({name: tables.mean_and_error(values) for name, values in (terms | gaps).items()}
                     | {"exact median": gaps["exact gap"].median().item(),
                        "lost": (gaps["exact gap"] > 100).sum().item()})
-        return self.measured(runs, "likelihood", measure, f"likelihood-{n}-{DRAWS}-{ODE_STEPS}")
+        part, until = ("likelihood", "") if t_max is None else (f"likelihood, t_max {t_max}", f"-{t_max}")
+        return self.measured(runs, part, measure, f"likelihood-{n}-{DRAWS}-{ODE_STEPS}{until}")
 
     def measured(self, runs, part, measure, file=None):
         """What measure(Run) -> dict finds, where it is missing -> {key: dict}, in <run>/<file or part>.json."""

@@ -110,7 +110,8 @@ def test_what_it_says_is_the_network_typed_again(model):
 def test_images_of_odd_sizes_have_features_too():
     for shape in (3, 28, 28), (1, 5, 9):
         network = classifier.Classifier(shape[0], 10).eval()
-        assert network.features(torch.zeros(2, *shape)).shape == (2, 6) and network(torch.zeros(2, *shape)).shape[1] == 10
+        assert network.features(torch.zeros(2, *shape)).shape == (2, 6)
+        assert network(torch.zeros(2, *shape)).shape[1] == 10
 
 
 def test_the_threshold_is_in_the_middle():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from test_reproduce import expected_cell
+from test_slides import CACHES
 
 import kind_points
 import plots
@@ -20,7 +21,7 @@ SETS = ["clusters", "unequal"]
 def study(tmp_path_factory):
     """(folder, text of the table): two seeds, two epochs of Adam and one of Muon."""
     folder, patch = tmp_path_factory.mktemp("fast"), pytest.MonkeyPatch()
-    clear = lambda: [cache.cache_clear() for cache in (kind_points.floors, study_file.nelbo_points)]
+    clear = lambda: [cache.cache_clear() for cache in (*CACHES, study_file.nelbo_points)]
     clear()
     patch.setattr(kind_points, "POINTS", 5000)
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))

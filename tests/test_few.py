@@ -2,6 +2,7 @@
 
 import pytest
 from test_reproduce import expected_cell, metrics_of
+from test_slides import CACHES
 
 import kind_points
 import plots
@@ -30,7 +31,8 @@ def recorded(folder):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder, patch = tmp_path_factory.mktemp("few"), pytest.MonkeyPatch()
-    kind_points.floors.cache_clear()                                   # of another number of points
+    for cache in CACHES:                                               # of another number of points
+        cache.cache_clear()
     patch.setattr(kind_points, "POINTS", 5000)
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
     patch.setattr(plots, "loss_curve", lambda *arguments: None)
@@ -42,7 +44,8 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_few, "WITHIN", 0.3)
     yield folder, call(folder)
     patch.undo()
-    kind_points.floors.cache_clear()
+    for cache in CACHES:
+        cache.cache_clear()
 
 
 def test_the_table_of_few_evaluations(study):

@@ -7,16 +7,18 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from test_ddpm import every_schedule
+from test_ddpm import alpha_sigma, every_schedule
 from torch.testing import assert_close
 
 import ddpm
 import draw_images
 import invariance
+import kind_points
 import likelihood
 import run
 import sample
 import samplers
+import settings
 import targets
 import train
 from datasets2d import DATASETS
@@ -162,6 +164,53 @@ def test_in_equal_steps_of_log_snr_samples_are_the_same_points(sampler):
     assert (draw("ve", "t") - draw(None, "t")).abs().max() > 1e-2
 
 
+# Another first t
+
+@every_schedule
+@pytest.mark.parametrize("t_max, t_min", [(0.8, 0.01), (0.999, 1e-3)])
+def test_sampling_from_t_max_is_ddim_on_times_typed_here(name, t_max, t_min):
+    """Noise has the variance alpha^2 + sigma^2 of t_max, and the network hears its own times."""
+    seen, n, own = [], 5, SCHEDULES[name]
+    network = lambda z, t: seen.append(t) or torch.sin(2 * z) * t[:, None]
+    model, schedule, least = invariance.of_run(network, "v", dict(schedule=name, stabiliser=0.0), t_min, t_max=t_max)
+    found = samplers.sample(model, (20, 2), n, target="v", schedule=schedule, t_min=least, sampler="ddim",
+                            generator=torch.Generator().manual_seed(6), dtype=F64)
+    times = torch.tensor([t_min + (t_max - t_min) * i / n for i in range(n, 0, -1)], dtype=F64)
+    assert_close(torch.stack(seen)[:, 0], times, rtol=1e-9, atol=1e-9)
+    alpha, sigma = alpha_sigma(name, times)
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(6), dtype=F64) * (alpha[0]**2 + sigma[0]**2)**0.5
+    for i in range(n):
+        v, r_sq = torch.sin(2 * z) * times[i], alpha[i]**2 + sigma[i]**2
+        x_hat, eps_hat = (alpha[i] * z - sigma[i] * v) / r_sq, (sigma[i] * z + alpha[i] * v) / r_sq
+        z = alpha[i + 1] * x_hat + sigma[i + 1] * eps_hat if i < n - 1 else x_hat
+    assert_close(found, z, rtol=1e-5, atol=1e-6 * z.abs().max().item())
+    assert own.scale is schedule.scale
+
+
+def test_under_another_schedule_t_max_is_the_runs_own():
+    config = dict(schedule="cosine", stabiliser=0.0)
+    _, schedule, t_min = invariance.of_run(torch.sin, "v", config, 0.01, "ve", t_max=0.7)
+    logsnr = lambda t: -2 * math.log(math.tan(math.pi * t / 2))
+    assert_close(schedule.ends(t_min), [logsnr(0.7), logsnr(0.01)], rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("t_max", [None, 0.8, 0.5])
+def test_likelihoods_up_to_t_max_of_gaussian_data(t_max):
+    """Exact: z_0 = alpha_0 x grows to z_1 as its deviation does, and z_1 is held against N(0, 1). Prior: by hand."""
+    c, t_min, x = 0.6, 0.01, points(10)
+    model = lambda z, t: (math.pi / 2 * t).cos()[:, None] * c**2 / (
+        (math.pi / 2 * t).cos()**2 * c**2 + (math.pi / 2 * t).sin()**2)[:, None] * z
+    config = dict(schedule="cosine", target="x", stabiliser=0.0, data="clusters", t_min=t_min)
+    terms, _ = likelihood.evaluate(model, x, settings.completed(config), 2, ode_steps=30, t_min=t_min, t_max=t_max)
+    var = lambda t: math.cos(math.pi / 2 * t)**2 * c**2 + math.sin(math.pi / 2 * t)**2
+    last = t_max or 1 - t_min
+    scale = math.cos(math.pi / 2 * t_min) * math.sqrt(var(last) / var(t_min))                # z_1 = scale x
+    log_p = (-0.5 * (scale * x)**2 - 0.5 * math.log(2 * math.pi) + math.log(scale)).sum(1)
+    assert_close(terms["exact"], -log_p, rtol=1e-5, atol=1e-5)
+    alpha, sigma = math.cos(math.pi / 2 * last), math.sin(math.pi / 2 * last)
+    assert_close(terms["prior"], (0.5 * (sigma**2 + (alpha * x)**2 - 1) - math.log(sigma)).sum(1), rtol=1e-6, atol=1e-9)
+
+
 # Scripts
 
 @pytest.fixture(scope="module")
@@ -189,6 +238,25 @@ def test_samples_under_another_schedule(runs, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_samples_and_likelihoods_up_to_t_max(runs, tmp_path, capsys):
+    folder = runs / "clusters-v-mse-s0"
+    for more in [], ["--t-max", "0.7"]:
+        sample.main(["--ckpt", str(folder), "--steps", "4", "--sampler", "ddim", "--num-samples", "30",
+                     "--device", "cpu", "--out", str(tmp_path), *more])
+        likelihood.main(["--ckpt", str(folder), "--num", "20", "--draws", "2", "--ode-steps", "4",
+                         "--out", str(tmp_path), *more])
+    found, one = json.loads((tmp_path / "metrics.json").read_text()), run.open(folder)
+    model, schedule, t_min = invariance.of_run(one.model(), "v", one.config, 1e-3, t_max=0.7)
+    expected = samplers.sample(model, (30, 2), 4, target="v", schedule=schedule, t_min=t_min, sampler="ddim",
+                               generator=run.generator("cpu", 0, "sample"))
+    assert_close(torch.tensor(np.load(tmp_path / "samples.npy")), expected, rtol=1e-5, atol=1e-5)
+    assert found["t_max"] == 0.7 and "t_max 0.7" in capsys.readouterr().out
+    own, other = (json.loads((tmp_path / f"likelihood-num-20-draws-2-ode-steps-4{end}.json").read_text())
+                  for end in ("", "-t-max-0.7"))
+    assert own["prior"][0] < 1e-4 and other["prior"][0] > 0.05 and (own["t_max"], other["t_max"]) == (None, 0.7)
+    assert kind_points.table_rows(one, found | {"steps": 4})[0]["t_max"] == 0.7
+
+
 def test_the_likelihood_under_another_schedule(runs, tmp_path, capsys):
     folder = str(runs / "clusters-v-mse-s0")
     common = ["--ckpt", folder, "--num", "20", "--draws", "4", "--ode-steps", "16", "--out", str(tmp_path)]
@@ -210,11 +278,13 @@ def test_the_likelihood_under_another_schedule(runs, tmp_path, capsys):
 def test_images_under_another_schedule():
     config = dict(schedule="cosine", target="v", stabiliser=0.0, loss="mse", precision="fp32", timesteps=None)
     model = lambda z, t: 0.3 * z
-    draw = lambda under, grid="logsnr": draw_images.draw(
-        model, (2, 1, 3, 3), 5, config, torch.Generator().manual_seed(1), 1e-3, under=under, sampler="ddim", grid=grid)
+    draw = lambda under, grid="logsnr", **how: draw_images.draw(
+        model, (2, 1, 3, 3), 5, config, torch.Generator().manual_seed(1), 1e-3, under=under, sampler="ddim", grid=grid,
+        **how)
     levels = [draw(under).int() for under in (None, "ve", "flow")]
     assert levels[0].float().std() > 10 and all((level - levels[0]).abs().max() <= 1 for level in levels)
     assert (draw("ve", "t").int() - draw(None, "t").int()).abs().max() > 1
+    assert (draw(None, "t", t_max=0.6).int() - draw(None, "t").int()).abs().max() > 1
 
 
 @pytest.mark.parametrize("config, name, message", [
@@ -225,6 +295,9 @@ def test_what_cannot_be_used_says_so(config, name, message):
     with pytest.raises(ValueError, match=message):
         invariance.of_run(None, "v", config | {"stabiliser": 0.0}, 1e-3, name)
     invariance.check(config, None)
+    if name != "foo":
+        with pytest.raises(ValueError, match=message):
+            invariance.of_run(None, "v", config | {"stabiliser": 0.0}, 1e-3, t_max=0.9)
 
 
 def test_scripts_refuse_in_a_sentence(tmp_path, capsys):
@@ -234,12 +307,18 @@ def test_scripts_refuse_in_a_sentence(tmp_path, capsys):
     for script in sample, likelihood:
         with pytest.raises(SystemExit, match=f"^{folder}: its network knows the times of a chain alone - leave"):
             script.main(["--ckpt", folder, "--schedule", "ve"])
+        with pytest.raises(SystemExit, match=f"^{folder}: its network knows the times of a chain alone - leave"):
+            script.main(["--ckpt", folder, "--t-max", "0.9"])
         with pytest.raises(SystemExit) as stop:
             script.main(["--schedule", "foo"])
         assert stop.value.code == 2 and "invalid choice: 'foo'" in capsys.readouterr().err
     for script, line, message in (
             (sample, "--sampler langevin --schedule ve", "--schedule is for --sampler ancestral or ddim"),
             (sample, "--grid rescaled --schedule ve", "is a chain of its own - leave out --schedule"),
+            (sample, "--sampler langevin --t-max 0.9", "--t-max is for --sampler ancestral or ddim"),
+            (sample, "--grid rescaled --t-max 0.9", "is a chain of its own - leave out --schedule and --t-max"),
+            (sample, "--t-max 0.4", "must be in [0.5, 0.999999]"),
+            (likelihood, "--chains 10 --t-max 0.9", "--chains are of the schedule of training"),
             (likelihood, "--chains 10 --schedule ve", "--chains are of the schedule of training")):
         with pytest.raises(SystemExit) as stop:
             script.main(line.split())
