@@ -72,6 +72,13 @@ def test_parts_are_the_whole():
     assert_close(latent.in_parts(lambda part: part[:3] * 2, x, 3), 2 * x)
 
 
+def test_reconstructions_end_at_black_and_white():
+    model = latent.Autoencoder(lambda x: torch.cat([3 * x, x], 1), lambda z: z, 1)
+    x = torch.tensor([0, 255, 102], dtype=torch.uint8).view(3, 1, 1, 1)                     # -1, 1, -0.2 become thrice
+    x_hat, error = latent.reconstructions(model, x)
+    assert x_hat.flatten().tolist() == [0, 255, 51] and error == pytest.approx(0.4**2 / 3)
+
+
 # Its training
 
 @pytest.fixture(scope="module", autouse=True)
