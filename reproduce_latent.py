@@ -128,7 +128,7 @@ def holes(study):
                     for name, of in found.items() if name != "latents"]
     data = FIVE.sample(POINTS, run.generator("cpu", "entropy"))
     at_end = decoders.prior(data, SCHEDULES["cosine"]).mean().item()
-    return rows(["noise", "mean KL of q(z_1 given x)", "of q(z_2 given x)", "KL of q(z)", "N(0, I) in holes"],
+    return rows(["noise", "mean KL of q(z given x), axis 1", "axis 2", "KL of q(z)", "N(0, I) in holes"],
                 latents) + rows(["noise", "z from", "mean log-density", "off the data", "sliced Wasserstein"],
                                 samples) + [
         f"Five clusters, mean log-density {FIVE.log_prob(data).mean():.2f}; a VAE with two latents, {STEPS:,} steps of "

@@ -68,7 +68,7 @@ def table(study):
         with torch.device("meta"):
             flop = unet.flop(kind_images.build_model(one.config), one.config["shape"])
         lines.append([space, " x ".join(map(str, one.config["shape"])), f"{flop / 1e9:.3f}",
-                      f"{seconds[space]:.3f}", f"{seconds['pixels'] / seconds[space]:.1f}",
+                      f"{seconds[space]:.4f}", f"{seconds['pixels'] / seconds[space]:.1f}",
                       f"{one.checkpoint['step']:,}"])
     found, test = latent_data.of_run(one.config), kind_images.load(runs["pixels"].config, "test", args.data_dir)
     _, error = latent.reconstructions(found["autoencoder"], test)

@@ -214,7 +214,9 @@ def test_the_figure_is_drawn_and_shades_the_holes(tmp_path, monkeypatch):
 def test_images_in_pixels_and_in_latents(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_images, "GRID_STEPS", 2)
     monkeypatch.setattr(reproduce_latent_images, "STEPS", 2)
-    monkeypatch.setattr(reproduce_latent_images, "REPEATS", 1)
+    measured, original = {}, reproduce_latent_images.seconds_of_a_step
+    monkeypatch.setattr(reproduce_latent_images, "seconds_of_a_step", lambda *args: (
+        measured.update(original(*args, repeats=1)) or {"pixels": 6.0, "latents": 1.5}))
     g = np.random.default_rng(0)
     for i in range(40):
         path = tmp_path / "set" / ("train" if i < 20 else "test") / f"{i:02d}.png"
@@ -228,6 +230,8 @@ def test_images_in_pixels_and_in_latents(tmp_path, monkeypatch, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert [row[:2] for row in rows[2:]] == [["pixels", "1 x 16 x 16"], ["latents", "3 x 4 x 4"]]
     assert rows[2][4] == "1.0" and float(rows[2][2]) > 5 * float(rows[3][2])
+    assert [row[3:5] for row in rows[2:]] == [["6.0000", "1.0"], ["1.5000", "4.0"]]
+    assert measured.keys() == {"pixels", "latents"} and all(0 < seconds < 10 for seconds in measured.values())
     steps = [run.load(tmp_path / f"runs/latents-images/{name}-v-mse-s0")["step"] for name in ("set", "latent-set")]
     assert [row[5] for row in rows[2:]] == [f"{step:,}" for step in steps]
     model = latent.read(tmp_path / "runs/latents-images/latent-set")
