@@ -37,7 +37,9 @@ OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         #
 SET = "--target", "--loss", "--minutes", "--seed", "--seeds", "--resume", "--no-resume", "--overwrite"
 SET_BY = {"table4.2": SET, "tableF5.1-images": (*SET, "--schedule", "--timesteps", "--variance", "--train-steps"),
           "schedules-images": (*SET, "--target", "--schedule", "--t-density", "--adaptive", "--train-steps"),
-          **dict.fromkeys(("spaces-images", "spaces-images-samples", "few-images", "few-images-samples"), SET)}
+          **dict.fromkeys(("spaces-images", "spaces-images-samples", "few-images", "few-images-samples"), SET),
+          **dict.fromkeys(("latents", "latents-samples"),
+                          (*SET, "--image-size", "--flip", "--no-flip", "--skip-corrupt", "--labels"))}
 
 
 def is_table(name):

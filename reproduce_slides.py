@@ -15,6 +15,7 @@ from torch import nn
 import reproduce_energies
 import reproduce_frozen
 import reproduce_latent
+import reproduce_latent_images
 import reproduce_modes
 import reproduce_scores
 import run
@@ -143,7 +144,7 @@ RESULTS = {
     "frozen-laws": (reproduce_frozen.fig_frozen, "the same on the clusters: histograms beside both densities"),
     "energies": (reproduce_energies.energies, "energies beside -log p, curl, cost, samples and likelihood, --energy"),
     "energy-planes": (reproduce_energies.fig_planes, "learned energies beside the exact -log p, over the plane"),
-    **reproduce_latent.RESULTS,
+    **reproduce_latent.RESULTS, **reproduce_latent_images.RESULTS,
 }
 TABLES = ("objectives", "trace-cost", "scores", "score-samples", "modes", "frozen", "energies",
-          *reproduce_latent.TABLES)
+          *reproduce_latent.TABLES, *reproduce_latent_images.TABLES)
