@@ -56,10 +56,10 @@ class Classifier(nn.Module):
         return self.last(F.relu(self.features(x)))
 
 
-def train(x, label, classes, flip=False, device=torch.device("cpu"), seed=0):    # noqa: B008
-    """A trained Classifier of images uint8 (N, C, H, W) and labels (N,): the same for the same data and seed."""
-    torch.manual_seed(run.generator("cpu", seed, "classifier").initial_seed())
-    model, g = Classifier(x.shape[1], classes).to(device), run.generator("cpu", seed, "batches")
+def train(x, label, classes, flip=False, device="cpu"):
+    """A trained Classifier of images uint8 (N, C, H, W) and labels (N,): the same for the same data."""
+    torch.manual_seed(run.generator("cpu", "classifier").initial_seed())
+    model, g = Classifier(x.shape[1], classes).to(device), run.generator("cpu", "batches")
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     for step in progress.watch(range(STEPS), "training", "steps"):
         rows = torch.randint(len(x), (BATCH,), generator=g)
