@@ -1682,7 +1682,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("classifier.py", "images.flip(x[rows], g) if flip else x[rows]", "x[rows]"),
     ("classifier.py", "RATE * (1 + math.cos(", "-RATE * (1 + math.cos("),
     ("classifier.py", "generator=g)\n", ")\n"),
-    ("classifier.py", '    torch.manual_seed(run.generator("cpu", "classifier").initial_seed())\n', ""),
+    ("classifier.py", '    torch.manual_seed(run.generator("cpu", 0, "classifier").initial_seed())\n', ""),
     ("classifier.py", "return model.eval().requires_grad_(False)\n\n\n@", "return model.requires_grad_(False)\n\n\n@"),
     ("classifier.py", "(images.to_float(x) > 0)", "(images.to_float(x) < 0)"),
     ("classifier.py", "said(model, binarised(x))[0]", "said(model, x)[0]"),
