@@ -13,9 +13,7 @@ import optimum
 import run
 import stack
 import variance as variances
-from guidance import NULL
-
-DROPPED = 0.1          # of labels (Ho and Salimans 2022)
+from guidance import dropped
 
 
 def has_bound(configs):
@@ -33,9 +31,8 @@ def labels(config, number, device):
     if not config.get("labels"):
         return []
     label, seed = kind_points.pairs(config, "train")[1], config["seed"]
-    label = label[permutation(len(label), seed, number)]
-    dropped = torch.rand(len(label), generator=run.generator("cpu", seed, "labels", number)) < DROPPED
-    return [torch.where(dropped, NULL, label)[:len(label) // config["batch_size"] * config["batch_size"]].to(device)]
+    label = dropped(label[permutation(len(label), seed, number)], run.generator("cpu", seed, "labels", number))
+    return [label[:len(label) // config["batch_size"] * config["batch_size"]].to(device)]
 
 
 def epoch(data, number, configs, moments=None, learners=None):

@@ -90,6 +90,15 @@ def unlock():
         os.close(LOCKED.popitem()[1])
 
 
+def digest(*parts):
+    """Eight hexadecimal digits for the content of tensors, of which all bytes count, and of other things."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+                   if torch.is_tensor(part) else repr(part).encode(errors="surrogateescape"))
+    return sha.hexdigest()[:8]
+
+
 def lines(history):
     """A history as metrics.jsonl has it."""
     return "".join(json.dumps(entry) + "\n" for entry in history).encode()

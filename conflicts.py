@@ -17,10 +17,15 @@ WITHOUT_T = dict(timesteps=None, schedule="cosine", t_density="uniform", varianc
                  stabiliser=0.0, t_min=1e-3)           # the settings of a score without t that it does not use
 
 
+def of_images(config):
+    """Is it a config, or are these arguments, of images?"""
+    return config.get("kind") == "images" or "shape" in config
+
+
 def score_conflict(config):
     """`conflict` of a score without t."""
     loss, sigma = config["loss"], config.get("sigma")
-    if config.get("kind") == "images" or "shape" in config:
+    if of_images(config):
         return (f"--loss {loss} is for points: of an image of D numbers exact takes D backward passes - "
                 "take --loss multi_scale")
     used = [f"--{name.replace('_', '-')}" for name, of in WITHOUT_T.items() if config[name] != of]
@@ -69,7 +74,8 @@ def conflict(config):
     name, loss, learned = config["variance"], config["loss"], config["variance"] in variance.LEARNED
     if config.get("labels"):
         data = config["data"] if isinstance(config["data"], list) else [config["data"]]
-        if without := [each for each in data if each not in DATASETS or not DATASETS[each].classes]:
+        without = [each for each in data if each not in DATASETS or not DATASETS[each].classes]
+        if without and not of_images(config):              # of images `images.labels` says it
             return f"--labels: {without[0]} has none - leave it out"
         if config["timesteps"] or config.get("energy") or config.get("sigma") is not None:
             return "--labels is for networks of continuous time, not for chains, energies or scores without t"

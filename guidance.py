@@ -16,7 +16,9 @@ with it, nor does the reverse SDE, which forgets more of its way.
 
 A network with labels is model(z, t, label) -> prediction: label (B,), NULL where it sees none.
 
-Not here: how labels are dropped in training (`batches.py`).
+In training it sees a label with probability 0.9.
+
+Not here: the loops (`train_points.py`, `train_images.py`).
 
     python guidance.py    # mean and spread of one cluster over w, beside those of `Tilted`
 """
@@ -28,6 +30,20 @@ import ddpm
 from datasets2d import line
 
 NULL = -1              # in place of a label
+DROPPED = 0.1          # of labels in training
+SAMPLING = "label", "guidance", "guidance_interval"        # in the config of a run that is guided
+
+
+def dropped(label, generator):
+    """What a network sees of labels (n,) in training: one in ten is NULL."""
+    hidden = torch.rand(len(label), generator=generator, device=generator.device) < DROPPED
+    return torch.where(hidden.to(label.device), NULL, label)
+
+
+def one_hot(label, classes, like):
+    """label (B,) -> (B, classes): 1 for its own, of NULL none; label None is NULL for all of `like` (B, ...)."""
+    label = torch.full(like.shape[:1], NULL, device=like.device) if label is None else label
+    return (label[:, None] == torch.arange(classes, device=like.device)).to(like)
 
 
 def guided(model, w, interval=(0.0, 1.0)):
@@ -55,6 +71,23 @@ def guided(model, w, interval=(0.0, 1.0)):
 def of_label(model, label):
     """A model with labels as model(z, t), what samplers take. label: a number, or (B,) of rows."""
     return lambda z, t: model(z, t, torch.as_tensor(label, device=z.device).expand(len(z)))
+
+
+def of_run(model, config):
+    """A run's model as what samplers take: with `label` in its config the guided one of that."""
+    if "label" not in config:
+        return model
+    interval = config.get("guidance_interval", (0.0, 1.0))
+    return of_label(guided(model, config["guidance"], interval), config["label"])
+
+
+def towards(config):
+    """What samples of a run are guided to, in words."""
+    if "label" not in config:
+        return ""
+    interval = config.get("guidance_interval")
+    return ", label {label}, w = {guidance:g}".format(**config) + (
+        " for t in ({:g}, {:g}]".format(*interval) if interval else "")
 
 
 def exact(data, target, schedule, stabiliser=0.0):

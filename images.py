@@ -3,7 +3,7 @@
 A set is a row of IMAGES, fetched by torchvision into --data-dir, or any folder of images. The network sees floats in
 [-1, 1], made batch by batch: uint8 is a quarter of the memory, so all of CIFAR-10 (184 MB) fits on a GPU.
 
-Not here: how training draws its batches (`train.py`), and labels: no model of the thesis is told the class.
+Not here: how training draws its batches (`train_images.py`), and what labels are for (`guidance.py`, `classifier.py`).
 
     python images.py                       # CIFAR-10: 100 random images, images.png; mean and standard deviation
     python images.py photos --image-size 64
@@ -45,8 +45,8 @@ GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")       # PI
 
 
 def to_float(x):
-    """uint8 levels 0 ... 255 -> float32 in [-1, 1], both ends exact."""
-    return x.float() / 127.5 - 1
+    """uint8 levels 0 ... 255 -> float32 in [-1, 1], both ends exact; what is float already, latents, as it is."""
+    return x if x.is_floating_point() else x.float() / 127.5 - 1
 
 
 def to_uint8(x):
@@ -168,20 +168,46 @@ def read_folder(folder, image_size=None, skip_corrupt=False):
     return read(paths, paths, image_size, skip_corrupt)
 
 
-def fetch(data, split, data_dir):
-    """A named set through torchvision -> uint8 (N, C, H, W). SystemExit if it cannot be fetched or is damaged."""
+def fetched(data, split, data_dir):
+    """A named set, torchvision's object. SystemExit if it cannot be fetched or is damaged."""
     from torchvision import datasets  # here: runs on points need not wait a second for it
     kind, where, files, address = IMAGES[data]
     socket.setdefaulttimeout(10)                    # seconds; torchvision would wait minutes for a silent network
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            x = getattr(datasets, kind)(data_dir, train=split == "train", download=True).data    # (N, H, W[, C])
+            return getattr(datasets, kind)(data_dir, train=split == "train", download=True)
     except Exception as error:                      # many kinds: of the network, the disk, or a damaged file
         reason = [type(error).__name__, *str(error).splitlines()][-1]
         raise SystemExit(f"cannot read {data} ({reason}) - remove what is damaged in {Path(data_dir) / where} and "
                          f"put there, from {address}: {files}; or choose another --data-dir") from None
-    x = torch.as_tensor(x)
+
+
+def fetch(data, split, data_dir):
+    """The images of a named set -> uint8 (N, C, H, W)."""
+    x = torch.as_tensor(fetched(data, split, data_dir).data)                                # (N, H, W[, C])
     return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
+
+
+def in_splits(data):
+    """Has a folder the subfolders train and test?"""
+    return all(Path(data, name).is_dir() for name in ("train", "test"))
+
+
+def split_paths(data, split, by_name=True):
+    """Paths of a split of a folder, and of all its images; what a split is says `load`."""
+    whole = find(data)
+    if in_splits(data):
+        paths = find(f"{data}/{split}")
+    else:
+        order, n = torch.randperm(len(whole), generator=run.generator("cpu", "split")).tolist(), len(whole) // 10
+        if by_name:
+            hashes = [name_hash(os.path.relpath(path, data)) for path in whole]
+            order, n = sorted(range(len(whole)), key=hashes.__getitem__), sum(h < 0.1 for h in hashes)
+        n = min(max(1, n), len(whole) - 1)
+        paths = [whole[i] for i in sorted(order[:n] if split == "test" else order[n:])]
+    if len(whole) < 2:
+        raise SystemExit(f"a single image, {whole[0]} - two are needed at least, one to train on and one to test")
+    return paths, whole
 
 
 def load(data, split, data_dir="data", image_size=None, skip_corrupt=False, by_name=True):
@@ -198,19 +224,25 @@ def load(data, split, data_dir="data", image_size=None, skip_corrupt=False, by_n
     if data in IMAGES:
         x = fetch(data, split, data_dir)
         return x if image_size is None else F.interpolate(x, (image_size, image_size), mode="bicubic", antialias=True)
-    whole = find(data)
-    if all(Path(data, name).is_dir() for name in ("train", "test")):
-        paths = find(f"{data}/{split}")
-    else:
-        order, n = torch.randperm(len(whole), generator=run.generator("cpu", "split")).tolist(), len(whole) // 10
-        if by_name:
-            hashes = [name_hash(os.path.relpath(path, data)) for path in whole]
-            order, n = sorted(range(len(whole)), key=hashes.__getitem__), sum(h < 0.1 for h in hashes)
-        n = min(max(1, n), len(whole) - 1)
-        paths = [whole[i] for i in sorted(order[:n] if split == "test" else order[n:])]
-    if len(whole) < 2:
-        raise SystemExit(f"a single image, {whole[0]} - two are needed at least, one to train on and one to test")
-    return read(paths, whole, image_size, skip_corrupt)
+    return read(*split_paths(data, split, by_name), image_size, skip_corrupt)
+
+
+def labels(data, split, data_dir="data", skip_corrupt=False, by_name=True):
+    """The label of each image of `load` -> (N,), and the number of classes; SystemExit if there are none.
+
+    The classes of a folder are its subfolders, or those of train and test together, in the order of their names.
+    """
+    if data in IMAGES:
+        found = fetched(data, split, data_dir)
+        return torch.as_tensor(found.targets), len(found.classes)
+    (paths, whole), deep = split_paths(data, split, by_name), in_splits(data)
+    of = {path: Path(path).relative_to(data).parts[:-1] for path in whole}
+    names = sorted({parts[deep:][:1] for parts in of.values() if not deep or parts[:1] in (("train",), ("test",))})
+    if () in names or len(names) < 2:
+        raise SystemExit(f"{data} has no labels: each class needs a subfolder of its own - move its images there")
+    if skip_corrupt:
+        paths = [path for path, _ in readable(paths, "L", None, True)]
+    return torch.tensor([names.index(of[path][deep:][:1]) for path in paths]), len(names)
 
 
 def grid(x, columns, border=2):

@@ -105,7 +105,8 @@ def of_run(one, x, chains, steps=None, variance=None, t_min=None, batch=5000, ge
     trained on a chain, on [t_min, 1 - t_min]. batch: examples times chains at once. ValueError, one
     sentence, if that cannot be, or if they are not finite.
     """
-    config, images, T = one.config, x.ndim > 2, steps_of(one.config, steps)
+    config, T = one.config, steps_of(one.config, steps)
+    levels = x.ndim > 2 and "latents" not in config
     variance = variances.chosen(config, variance, steps=steps)
     t_min = config["t_min"] if config["timesteps"] else run.smallest_t(config, t_min, "flow")
     network = threads.shared(one.model(x.device, out=True).to(x.dtype), x.device)
@@ -120,7 +121,7 @@ def of_run(one, x, chains, steps=None, variance=None, t_min=None, batch=5000, ge
         log_weights(model, rows, target=one.target, variance=variance, schedule=one.schedule,
                     steps=T, t_min=t_min, stabiliser=config["stabiliser"], chains=size,
                     data=one.kind.dataset(config) if variance == "best" else None,
-                    decoder=discretised if images else gaussian, generator=generator)
+                    decoder=discretised if levels else gaussian, generator=generator)
         for size in sizes]) for rows in x.split(max(1, batch // chains))], 1)
     if not log_w.isfinite().all():
         raise ValueError("its chains have weights that are not finite - train it longer, or with "

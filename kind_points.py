@@ -63,6 +63,11 @@ def dimension(config):
     return config["points"]["dim"] if "points" in config else DATASETS[config["data"]].dim
 
 
+def classes(config):
+    """How many labels the network of a run knows."""
+    return DATASETS[config["data"]].classes if config.get("labels") else 0
+
+
 def load(config, split="test"):
     """The points of a run -> (n, D), on the CPU; the test split is the same for every seed, target and loss.
 
@@ -87,7 +92,7 @@ def build_model(config, members=1):
     network = MLP(dimension(config), config["width"], schedule=None if without_t else schedule, members=members,
                   out=1 if of_energy else dimension(config) * variances.outputs(config),
                   activation=config.get("activation", "relu"), time=not without_t,
-                  classes=DATASETS[config["data"]].classes if config.get("labels") else 0)
+                  classes=classes(config))
     return Energy(network, config["target"], schedule) if of_energy else network
 
 
@@ -99,12 +104,10 @@ def weights(checkpoint):
 def in_chunks(model, members=1, config=None):
     """A network or stack as one that is given 5,000 rows at a time on a CPU: activations then fit in its cache.
 
-    config: of its run; with `label` and `guidance` in it the network is the guided one of that label.
+    config: of its run, which may say that it is guided.
     """
     cpu = next(model.parameters()).device.type == "cpu"
-    if config and "label" in config:
-        model = guidance.of_label(guidance.guided(model, config["guidance"]), config["label"])
-    return stack.in_chunks(model, members, 5000 if cpu else 2**20)
+    return stack.in_chunks(guidance.of_run(model, config or {}), members, 5000 if cpu else 2**20)
 
 
 def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, under=None, t_max=None,
@@ -214,15 +217,10 @@ def save(out, one, samples, **facts):
     return result
 
 
-def towards(config):
-    """What samples are guided to, in words."""
-    return ", label {label}, w = {guidance:g}".format(**config) if "label" in config else ""
-
-
 def show(one, result, args):
     """Print what was measured of the samples of one Run, what `save` returned."""
     print("{}: {num_samples} samples in {steps} steps, {}, {seconds:.1f} s on {device}"
-          .format(one.folder, args.in_words + towards(result), **result))
+          .format(one.folder, args.in_words + guidance.towards(result), **result))
     print("                      samples    floor (data against data)")
     for key in MEASURED[:-1]:
         print("{:20s} {:8.4f}    {mean:.4f} +- {std:.4f}".format(key.replace("_", " "), result[key],
@@ -237,7 +235,7 @@ def table_rows(one, result):
     facts = {key: result.get(key) for key in (
         "steps", "sampler", "grid", "eta", "variance", "num_samples", "sampling_seed")}
     facts |= {key: result[key] for key in (
-        "under", "t_max", "step_size", "steps_per_level", "metropolis", "label", "guidance") if key in result}
+        "under", "t_max", "step_size", "steps_per_level", "metropolis", *guidance.SAMPLING) if key in result}
     best = [*(result[f"{key}_floor"]["mean"] for key in MEASURED[:-1]), result.get("log_density_data")]
     names = [name.replace("_", " ") for name in MEASURED]
     return ({"run": str(one.folder), **dict(zip(names, map(result.get, MEASURED))), **facts},
@@ -268,7 +266,7 @@ def sample(chosen, args, device):
             if len(chosen) == 1:
                 show(one, result, args)
             lines[id(one)], floor_lines[f"floor, {config['data']}"] = table_rows(one, result)
-            title = "{target}, {loss}, {steps} steps".format(**result) + towards(config)
+            title = "{target}, {loss}, {steps} steps".format(**result) + guidance.towards(config)
             real = load(config, "train" if "points" in config else "test")
             plots.scatter({f"{config['data']}, data": in_units(config, real), title: in_units(config, x)},
                           out / "samples.png", limits=None if "points" in config else (-3, 3))

@@ -220,8 +220,8 @@ class OnSchedule(torch.nn.Module):
         super().__init__()
         self.network, self.schedule = network, schedule
 
-    def forward(self, z, t):
-        return self.network(z, clock(self.schedule.logsnr(t)))
+    def forward(self, z, t, *label):
+        return self.network(z, clock(self.schedule.logsnr(t)), *label)
 
 
 def of_run(config, checkpoint):

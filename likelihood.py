@@ -102,13 +102,13 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
     average not below -log P(x). t_min: `run.smallest_t`. Of a run on a chain the bound is of its own steps and
     variance, or those asked for, all terms; model: with `out`. under, own, t_max: of `invariance.of_run`.
     """
-    images, variance, data = x.ndim > 2, variance_of(config, variance, steps), None
+    levels, variance, data = x.ndim > 2 and "latents" not in config, variance_of(config, variance, steps), None
     target, t_min = variances.predicted(config["target"]), run.smallest_t(config, t_min, "flow")
     model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own, t_max)
     if variance == "best":
         data = run.kind_module(settings.kind(config)).dataset(config)
     shared = dict(target=target, schedule=schedule, stabiliser=config["stabiliser"], generator=generator)
-    how = dict(decoder=discretised if images else gaussian, draws=draws, variance=variance, data=data)
+    how = dict(decoder=discretised if levels else gaussian, draws=draws, variance=variance, data=data)
     alone, parts = lambda z, t: variances.split(model(z, t), z)[0], []
     num_ode = len(x) if num_ode is None else num_ode
     for i, rows in zip(range(0, len(x), batch_size), x.split(batch_size)):
@@ -120,7 +120,7 @@ def evaluate(model, x, config, draws=16, steps=None, variance=None, uniform="log
         rows = rows[:max(0, num_ode - i)]
         if len(rows):
             log_q = 0.0
-            if images:
+            if levels:
                 std = math.exp(-0.5 * shared["schedule"].ends(t_min)[1])               # sigma / alpha
                 rows, log_q = DEQUANTISATIONS[dequantisation](rows, std, generator)
             log_p, part["evaluations"] = log_likelihood(alone, rows, steps=ode_steps, tolerance=tolerance,
@@ -142,7 +142,8 @@ SETTINGS = ("num", "t_min", "seed", "batch_size", "draws", "steps", "variance", 
 
 def complete(args, one):
     """The arguments for a Run, with the defaults of its kind of data; of a chain all terms are drawn, each twice."""
-    defaults = args.defaults | one.kind.LIKELIHOOD | ({"draws": 2} if one.config["timesteps"] else {})
+    defaults = args.defaults | one.kind.LIKELIHOOD | ({"draws": 2} if one.config["timesteps"] else {}) | (
+        {"dequantisation": None} if "latents" in one.config else {})
     given = {key: default if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
     return argparse.Namespace(**vars(args) | given | {"defaults": defaults})
 
@@ -204,6 +205,8 @@ def main(argv=None):
         try:
             variance_of(one.config, asked.variance, asked.steps)
             invariance.check(one.config, asked.under, asked.t_max)
+            if asked.dequantisation and "latents" in one.config:
+                raise ValueError("latents are no grey levels - leave out --dequantisation")
             if asked.chains:
                 chains.steps_of(one.config, asked.steps)
         except ValueError as error:

@@ -112,6 +112,39 @@ def frechet_distance(mu_x, cov_x, mu_y, cov_y):
     return (mu_x - mu_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * trace_root
 
 
+def frechet(a, b):
+    """`frechet_distance` of the Gaussians that are fitted to features a (n, D) and b (m, D) -> ()."""
+    return frechet_distance(*moments(a), *moments(b))
+
+
+def kid(a, b, rows=1000):
+    """Kernel distance of features a (n, D) and b (m, D): MMD^2 without bias -> (), float64 (Binkowski et al. 2018).
+
+    Its kernel is (x . y / D + 1)^3, which sees three moments. It can be below 0; of one distribution its mean is 0. So
+    that of few samples is noisy and not too high. rows: at once.
+    """
+    def total(x, y):
+        return sum(((part @ y.T / x.shape[1] + 1)**3).sum() for part in x.split(rows))
+    a, b = a.cpu().double(), b.cpu().double()
+    n, m, own = len(a), len(b), lambda x: ((x.square().sum(1) / x.shape[1] + 1)**3).sum()           # of i = j
+    return ((total(a, a) - own(a)) / (n * (n - 1)) + (total(b, b) - own(b)) / (m * (m - 1))
+            - 2 * total(a, b) / (n * m))
+
+
+def covered(x, y, k=3, rows=1000):
+    """Share of x (n, D) that lies in the balls around the points of y (m, D), each up to its k-th neighbour in y: ().
+
+    Kynkaanniemi et al. 2019, Eq. (1), (2).
+    """
+    radius = torch.cat([torch.cdist(part, y).kthvalue(k + 1).values for part in y.split(rows)])     # 1 is itself: (m,)
+    return torch.cat([(torch.cdist(part, y) <= radius).any(1) for part in x.split(rows)]).double().mean()
+
+
+def precision_recall(real, fake, k=3):
+    """Share of fake (n, D) within the real (m, D), as `covered` says, and of real within the fake -> two of ()."""
+    return covered(fake, real, k), covered(real, fake, k)
+
+
 def downloaded_weights():
     """Where torch.hub has the network's weights, or will have them."""
     from pytorch_fid.inception import FID_WEIGHTS_URL

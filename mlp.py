@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import ddpm
-from guidance import NULL
+from guidance import one_hot
 
 ACTIVATIONS = {"relu": torch.relu_, "silu": functional.silu}
 
@@ -45,9 +45,7 @@ class MLP(nn.Module):
     def forward(self, z, t, label=None):
         h = torch.cat([ddpm.standardise(z, t, self.schedule), t[:, None]], 1) if self.time else z
         if self.classes:
-            label = torch.full_like(t, NULL) if label is None else label
-            one_hot = label[:, None] == torch.arange(self.classes, device=z.device)
-            h = torch.cat([h, one_hot.to(h)], 1)
+            h = torch.cat([h, one_hot(label, self.classes, h)], 1)
         h = h.unflatten(0, (self.members, -1))                              # (M, B / M, dim + 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias, h, weight.mT)                           # (M, B / M, width)

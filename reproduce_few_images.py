@@ -10,8 +10,8 @@ import json
 
 import torch
 
+import draw_images
 import images
-import kind_images
 import reproduce_spaces_images
 import run
 from study import rows
@@ -24,7 +24,7 @@ DRAWN, SHOWN = 32, 8                   # images of a way, those of them in the f
 
 def draw(one, sampler, grid, n, count=DRAWN):
     """Images (count, C, H, W), uint8, of a Run in n evaluations; the first noise is the same for all."""
-    return kind_images.draw(one.model(), (count, *one.config["shape"]), n, one.config,
+    return draw_images.draw(one.model(), (count, *one.config["shape"]), n, one.config,
                             run.generator("cpu", 0, "sample"), sampler=sampler, grid=grid)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import reproduce_energies
 import reproduce_frozen
+import reproduce_latent
 import reproduce_modes
 import reproduce_scores
 import run
@@ -142,5 +143,7 @@ RESULTS = {
     "frozen-laws": (reproduce_frozen.fig_frozen, "the same on the clusters: histograms beside both densities"),
     "energies": (reproduce_energies.energies, "energies beside -log p, curl, cost, samples and likelihood, --energy"),
     "energy-planes": (reproduce_energies.fig_planes, "learned energies beside the exact -log p, over the plane"),
+    **reproduce_latent.RESULTS,
 }
-TABLES = "objectives", "trace-cost", "scores", "score-samples", "modes", "frozen", "energies"
+TABLES = ("objectives", "trace-cost", "scores", "score-samples", "modes", "frozen", "energies",
+          *reproduce_latent.TABLES)

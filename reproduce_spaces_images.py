@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import draw_images
 import images
 import kind_images
 import likelihood
@@ -94,7 +95,7 @@ def fig_samples(study, path):
     """Samples of the nine runs: a row a target, from left to right the loss in x-, eps- and v-space."""
     runs, grids = trained(study), []
     for one in runs.values():
-        x = kind_images.draw(one.model(), (SHOWN, *one.config["shape"]), STEPS, one.config,
+        x = draw_images.draw(one.model(), (SHOWN, *one.config["shape"]), STEPS, one.config,
                              run.generator("cpu", 0, "sample"), sampler="dpmpp")
         grids.append(images.grid(x, 4))
     images.save_png(images.grid(torch.stack(grids), len(SPACES), border=6), path)

@@ -7,6 +7,7 @@
     python sample.py --movie                               # and samples.gif: from noise to data
     python sample.py --label 3 --guidance 1                # of a run with labels, see guidance.py
     python sample.py --ckpt runs/cifar10-v-mse-s0 --steps 500 --num-samples 50000 --fid
+    python sample.py --num-samples 10000 --metrics         # distances that need no download, see classifier.py
 
 Points: writes samples.npy, samples.png (data and samples side by side) and metrics.json, and prints the mean,
 covariance and sliced Wasserstein distance to 50,000 fresh points (of a file: to its tenth that is not trained on,
@@ -20,6 +21,7 @@ What is drawn and measured is in `kind_points.py` and `kind_images.py`, the samp
 import argparse
 
 import discrete
+import draw_images
 import invariance
 import langevin
 import run
@@ -30,7 +32,7 @@ from ddpm import SCHEDULES
 from variance import VARIANCES
 
 IMAGES = dict(batch_size=None, clip=True, overwrite=False, fid=False, fid_split="train", inception_weights=None,
-              data_dir="data")         # the options of images alone, and their defaults
+              metrics=False, classifier=None, data_dir="data")         # the options of images alone, and their defaults
 
 
 def parse(argv):
@@ -62,9 +64,12 @@ def parse(argv):
     parser.add_argument("--t-max", type=settings.number(float, 0.5, 1 - 1e-6),
                         help="where noise is N(0, I), for flows of eps and s: 0.8 (1 - t_min)")
     parser.add_argument("--label", type=settings.number(int, 0, 10**6), nargs="+",
-                        help="of a run with --labels: samples of each of these, of several in folders label-<label>")
+                        help="of a run with --labels: samples of each of these, of several in folders label-<label>, "
+                        "and of images one grid of them, a row each")
     parser.add_argument("--guidance", type=settings.number(float, 0, 1000),
                         help="w of (1 + w) times the prediction with the label - w that without (0)")
+    parser.add_argument("--guidance-interval", type=settings.number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"),
+                        help="guide for t in (LOW, HIGH] alone (0 1)")
     parser.add_argument("--num-samples", type=settings.number(int, 2, 10**7), help="(points: 10000, images: 64)")
     parser.add_argument("--seed", type=settings.number(int, 0, 2**62), default=0, help="of the sampling noise (0)")
     parser.add_argument("--out", type=settings.folder,
@@ -84,7 +89,10 @@ def parse(argv):
     group.add_argument("--fid-split", choices=["train", "test"], help="of the data, for FID (train)")
     group.add_argument("--inception-weights", metavar="PATH",
                        help="local file of pytorch-fid's weights (downloaded once)")
-    group.add_argument("--data-dir", type=settings.folder, help="of FID: its data and statistics (data)")
+    group.add_argument("--metrics", action=argparse.BooleanOptionalAction,
+                       help="distances in the features of a small classifier, which classifier.py trains")
+    group.add_argument("--classifier", metavar="PATH", help="its file (runs/classifier-<data>.pt)")
+    group.add_argument("--data-dir", type=settings.folder, help="of --fid and --metrics: the data, statistics (data)")
     args = parser.parse_args(argv)
     if (args.variance or "none") != "none" and args.sampler != "ancestral":
         parser.error(f"--variance is for --sampler ancestral, {args.sampler} has none")
@@ -104,6 +112,10 @@ def parse(argv):
         parser.error("--movie shows samples from noise to data over t, and --sampler langevin has no t")
     if args.guidance is not None and args.label is None:
         parser.error("--guidance is towards a label: say which, --label 0")
+    if args.guidance_interval and not args.guidance:
+        parser.error("--guidance-interval is where guidance acts: say how much, --guidance 1")
+    if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
+        parser.error("--guidance-interval is from a lower to a higher t: LOW must be below HIGH")
     if args.csv and len(args.label or ()) > 1:
         parser.error("--csv is the table of one label - give each its own call")
     if args.sampler != "langevin":
@@ -115,12 +127,13 @@ def parse(argv):
     return args
 
 
-def of_label(one, label, w):
+def of_label(one, label, w, interval=None):
     """A Run whose samples are guided towards a label. ValueError: it was trained without labels, or not with this."""
     if not one.config.get("labels"):
         raise ValueError("trained without labels - leave out --label, or train with --labels")
-    config = one.config | {"label": label, "guidance": w or 0.0}
-    one.kind.dataset(config)
+    if label >= (classes := one.kind.classes(one.config)):
+        raise ValueError(f"no label {label}: choose from 0 to {classes - 1}")
+    config = one.config | {"label": label, "guidance": w or 0.0} | ({"guidance_interval": interval} if interval else {})
     return run.Run(one.folder, one.checkpoint | {"config": config})
 
 
@@ -132,7 +145,7 @@ def main(argv=None):
     for one, folder in chosen:
         try:
             for label, runs in zip(args.label or (), labels):
-                runs.append((of_label(one, label, args.guidance),
+                runs.append((of_label(one, label, args.guidance, args.guidance_interval),
                              folder / f"label-{label}" if len(labels) > 1 else folder))
             variance.chosen(one.config, args.variance, args.sampler, args.steps, args.grid, args.t_min)
             invariance.check(one.config, args.under, args.t_max)
@@ -147,6 +160,9 @@ def main(argv=None):
             runs[0][0].kind.sample(runs, args, run.device(args.device))
     except langevin.Diverged as error:
         raise SystemExit(f"{error}") from None
+    if len(labels) > 1 and settings.kind(chosen[0][0].config) == "images":
+        for _, folder in chosen:
+            draw_images.rows(folder, args.label)
 
 
 if __name__ == "__main__":

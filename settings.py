@@ -60,8 +60,8 @@ SETTINGS = [
             "0 is none (0, with denoising among them 0.1)", None, argument=dict(type=number(float, 0, 100))),
     Setting("energy", "the network's one output is an energy, the prediction of s or eps its gradient, see energy.py",
             False, argument=dict(action=argparse.BooleanOptionalAction)),
-    Setting("labels", "the network sees the label of each point, of one in ten none, see guidance.py", False,
-            argument=dict(action=argparse.BooleanOptionalAction)),
+    Setting("labels", "the network sees the label of each point or image, of one in ten none, see guidance.py", False,
+            False, argument=dict(action=argparse.BooleanOptionalAction)),
     Setting("activation", "relu, and silu where derivatives of the network are used", "relu",
             argument=dict(choices=mlp.ACTIVATIONS)),
     Setting("stabiliser", "d in the score target -sigma eps / (sigma^2 + d); the thesis's numbers: 0.01", 0.0, 0.0,
@@ -123,8 +123,10 @@ EXTRAS = {
     "shape": ("images", True, lambda value: isinstance(value, list) and len(value) == 3 and value[0] in (1, 3)
               and all(type(n) is int and 1 <= n <= 4096 for n in value)),
     "flip": ("images", True, lambda value: isinstance(value, bool)),
-    "images": ("images", False, lambda value: isinstance(value, dict) and value.keys() == {"count", "digest"}
-               and type(value["count"]) is int and isinstance(value["digest"], str)),
+    **dict.fromkeys(("images", "latents"), (                               # of a folder of images, or of an autoencoder
+        "images", False, lambda value: isinstance(value, dict) and value.keys() == {"count", "digest"}
+        and type(value["count"]) is int and isinstance(value["digest"], str))),
+    "classes": ("images", False, lambda value: type(value) is int and 2 <= value <= 10**6),          # with labels
     "precision": ("images", True, lambda value: value in ("bf16", "fp32")),
     "skips": ("images", True, lambda value: value in ("layer", "block")),
     **{key: ("images", True, None) for key in unet.PRESETS["ddpm"] if key != "skips"},    # None: as the row has it

@@ -57,8 +57,9 @@ def likelihood(one, terms, args, show=print, **facts):
                   steps=steps, variance=(args.variance or config["variance"]) if steps else None, uniform=args.uniform,
                   ode_steps=args.ode_steps, tolerance=args.tolerance, dequantisation=args.dequantisation,
                   t_min=run.smallest_t(config, args.t_min, "flow"), seed=args.seed, **facts)
-    standardised = "" if "points" not in config else " (standardised: in the file's units add {:.4f} nats)".format(
-        sum(map(math.log, config["points"]["scale"])))
+    standardised = " (standardised: in the file's units add {:.4f} nats)".format(
+        sum(map(math.log, config["points"]["scale"]))) if "points" in config else (
+        " (a density of latents, standardised)" if "latents" in config else "")
     show(f"{one.folder}: {n:,} {settings.kind(config)} of {config['data']}{standardised}, "
          f"{facts['seconds']:.1f} s on {facts['device']}\n{'':20s} {'nats':>10s}   error   {'bits/dim':>10s}   error")
 

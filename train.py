@@ -19,6 +19,7 @@ import checkpoints
 import conflicts
 import images
 import kind_points
+import latent_data
 import losses
 import own_points
 import run
@@ -50,7 +51,7 @@ def parse(argv):
     group.add_argument("--data", nargs="+", type=data_name, default=["rings"],
                        help=f"2D: {', '.join(DATASETS)}; rings-512: embedded in so many dimensions; "
                             "a .npy or .csv of points, one a row; "
-                            f"images: {', '.join(images.IMAGES)} or a folder of them (rings)")
+                            f"images: {', '.join(images.IMAGES)}, a folder of them or of latents (rings)")
     group.add_argument("--target", nargs="+", choices=TARGETS, default=["eps"], help="what the network predicts (eps)")
     group.add_argument("--loss", nargs="+", choices=[*losses.LOSSES, *OBJECTIVES], default=["mse"],
                        help="how its errors are weighed (mse)")
@@ -77,6 +78,10 @@ def parse(argv):
         parser.error(found)
     conflicts.completed(args)
     settings.complete(args, args.kind, parser.error)
+    for data in filter(latent_data.is_folder, args.data):
+        for name in "flip", "labels", "image_size", "skip_corrupt":
+            if getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} is of images, and {data} has latents - leave it out")
     if args.kind == "images" and args.stack:
         parser.error("--stack is for points, images are trained one after the other")
     if args.kind == "points" and args.batch_size > kind_points.POINTS:

@@ -21,6 +21,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import adaptive
 import checkpoints
+import draw_images
+import guidance
 import images
 import kind_images
 import learned_schedule
@@ -41,36 +43,40 @@ def order(seed, epoch, n, device):
     return torch.randperm(n, generator=run.generator("cpu", seed, "order", epoch)).to(device)
 
 
-def batch(data, step, config, moments=None, learner=None):
+def batch(data, step, config, moments=None, learner=None, labels=None):
     """The whole batch of a step: x in [-1, 1] and eps (B, C, H, W), t and its importance (B,), on the images' device.
 
     moments: of `adaptive.moved`, where the loss says which t are drawn; learner: of a learned schedule, which does.
+    labels: of the data (N,), those of the batch come last, some NULL.
     An epoch goes through the images in an order of its own and leaves out the last, smaller batch.
     """
     size, seed, device = config["batch_size"], config["seed"], data.device
     epoch, i = divmod(step, len(data) // size)
     g = run.generator(device, seed, "noise", step)
-    x = data[order(seed, epoch, len(data), device)[i * size:(i + 1) * size]]
+    rows = order(seed, epoch, len(data), device)[i * size:(i + 1) * size]
+    x = data[rows]
     x = images.to_float(images.flip(x, g) if config["flip"] else x)
     t, importance = learner.draw((size,), g) if learner else adaptive.draw((size,), config, moments, g)
-    return x, t, torch.randn(x.shape, generator=g, device=device), importance
+    label = [] if labels is None else [guidance.dropped(labels[rows], run.generator(device, seed, "labels", step))]
+    return x, t, torch.randn(x.shape, generator=g, device=device), importance, *label
 
 
 def train_run(folder, config, state, device, model, sets, steps, minutes=math.inf, test_every=2000, grid_every=10_000,
               compiled=False, on_step=lambda *facts: None):
     """Train one network on images until it has done `steps` steps or `minutes`; returns its last history entry.
 
-    sets: uint8 images to train and to test on. state: checkpoint to go on from, or None. on_step(step, loss, seconds,
-    took) is called at every step, on the first process; took: seconds of the last "test" and "grid", and of "all" of
-    them in this call. Writes ckpt.pt and metrics.jsonl at every test and between them about
-    once a minute; samples-<step>.png every `grid_every` steps and at the end. The history is of the averaged weights
-    but for the losses in training. SystemExit at the first loss that is not finite, with the last checkpoint kept.
+    sets: uint8 images to train and to test on, and of a run with labels those. state: checkpoint to go on from, or
+    None. on_step(step, loss, seconds, took) is called at every step, on the first process; took: seconds of the last
+    "test" and "grid", and of "all" of them in this call. Writes ckpt.pt and metrics.jsonl at every test and between
+    them about once a minute; samples-<step>.png every `grid_every` steps and at the end. The history is of the averaged
+    weights but for the losses in training. SystemExit at the first loss that is not finite, with the last checkpoint
+    kept.
     """
     rank, world = run.processes()
     # on a CPU GroupNorm is slow in it
     channels_last = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
     model, objective = model.to(**channels_last), losses.objective(config)
-    data, test = sets[0].to(device), sets[1]
+    data, labels = sets[0].to(device), [label.to(device) for label in sets[2:3]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], fused=True)
     ema = copy.deepcopy(model).eval()
     # recent: (loss, norm of the gradient, errors, t, importance) since the last test
@@ -120,13 +126,13 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
     start, saved = time.perf_counter() - seconds, time.perf_counter()
     over = bool(history) and (step >= steps or seconds >= 60 * minutes)
     while not over:
-        x, t, eps, importance = batch(data, step, config, moments, learner)
+        x, t, eps, importance, *label = batch(data, step, config, moments, learner, *labels)
         z, y, w = losses.regression(x, t, eps, **objective)
-        x, z, y, w, t, importance = (c[mine] for c in (x, z, y, w * importance, t, importance))
+        x, z, y, w, t, importance, *label = (c[mine] for c in (x, z, y, w * importance, t, importance, *label))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
         torch.manual_seed(run.generator("cpu", config["seed"], "dropout", step, rank).initial_seed())
-        with kind_images.autocast(config, device):
-            prediction = network(z, t)
+        with draw_images.autocast(config, device):
+            prediction = network(z, t, *label)
         errors = kind_images.loss(prediction, x, t, y, w, config, importance)
         loss = errors.mean()
         optimizer.zero_grad()
@@ -141,7 +147,8 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         if learner:
             learner.update(t[None], errors[None])
             if step % learned_schedule.ENDS_EVERY == 0:
-                learned_schedule.move_ends([learner], ema, [x], [eps], [config["target"]], kind_images.discretised)
+                learned_schedule.move_ends([learner], ema, [x], [eps], [config["target"]],
+                                           kind_images.decoder(config))
         recent.append((loss.detach(), norm.detach(), errors.detach(), t, importance))
         seconds = time.perf_counter() - start
         over = step >= steps or seconds >= 60 * minutes
@@ -161,7 +168,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             entry = dict(step=step, epoch=step * config["batch_size"] / len(data),
                          train_loss=loss.mean().item() / world, gradient_norm=norm.mean().item(),
                          gradient_norms=[float(f"{value:.4g}") for value in norm.tolist()],
-                         **kind_images.test(ema, test, config, device))
+                         **kind_images.test(ema, sets[1], config, device, *sets[3:]))
             over_t = losses.over_t(errors.flatten(), t.flatten(), config["t_min"], importance=importance.flatten(),
                                    chain=chain).tolist()
             # nan where no t fell
@@ -178,7 +185,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
             since = time.perf_counter()
             evaluated = progress.counter("drawing a grid", GRID_STEPS, "evaluations")
             network_of_x = ema if chain is None else variances.Mean(ema, [config["target"]], chain)
-            samples = kind_images.draw(progress.counted(network_of_x, evaluated), (64, *data.shape[1:]), GRID_STEPS,
+            samples = draw_images.draw(progress.counted(network_of_x, evaluated), (64, *data.shape[1:]), GRID_STEPS,
                                        config, run.generator(device, config["seed"], "grid"), run.smallest_t(config))
             images.save_png(images.grid(samples.cpu(), 8), folder / f"samples-{step}.png")
             finished("grid", since)
@@ -233,29 +240,20 @@ def train(args, device):
                          "make it a multiple")
     precision = args.precision if args.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
-    @functools.cache
-    def splits(name, by_name):
-        for turn in range(2):                              # the first process downloads and decodes before the others
-            if turn == min(rank, 1):
-                sets = [images.load(name, split, args.data_dir, args.image_size, args.skip_corrupt, by_name)
-                        for split in ("train", "test")]
-            if world > 1:
-                distributed.barrier()
-        if len(sets[0]) < args.batch_size:
-            raise SystemExit(f"{name} has {len(sets[0])} images to train on, less than a batch - lower --batch-size")
-        return sets
+    splits = functools.cache(lambda name, by_name: kind_images.splits(name, args, by_name))
     runs, names = [], list(dict.fromkeys(args.data))
     for name in names:
-        args.data, shape = [name], list(splits(name, name not in images.IMAGES)[0].shape[1:])
-        more = {} if name in images.IMAGES else dict(images=images.facts(name))
+        facts = kind_images.facts(name)
+        sets, classes = splits(name, "images" in facts)
+        args.data, shape = [name], list(sets[0].shape[1:])
         flip = name in images.FLIPPED if args.flip is None else args.flip
-        runs += settings.configs(args, shape=shape, flip=flip, precision=precision, **more)
+        runs += settings.configs(args, shape=shape, flip=flip, precision=precision, **classes, **facts)
     runs = [kind_images.known(Path(args.out) / settings.name(config), config, args) for config in runs]
     if rank == 0:                                          # before any is trained
         run.check(runs, args.out, args.resume, args.overwrite)
     limit = dict(minutes=args.minutes)                     # of the first run, then its number of steps
     for number, config in enumerate(runs, 1):
-        data = splits(config["data"], "images" in config)
+        data, _ = splits(config["data"], "images" in config)
         if rank == 0:
             (folder, _, state), = run.begin([config], args.out, args.resume, args.overwrite)
         if world > 1:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ddpm
+from guidance import one_hot
 
 PRESETS = {
     "ddpm":   dict(channels=128, channel_mult=[1, 2, 2, 2], layers=2, mid_blocks=1, attention=[16],
@@ -161,11 +162,12 @@ class UNet(nn.Module):
 
     attention: resolutions whose blocks attend; 16 means the block of 9 to 16 pixels, also for images of 28 x 28.
     skips: "layer" or "block", how much the way down hands over to the way up. dropout: probability with which a number
-    inside a resnet block is 0 in training, from torch's global generator. schedule: see `mlp.MLP`.
+    inside a resnet block is 0 in training, from torch's global generator. schedule, classes: see `mlp.MLP`; of a label
+    one vector is added to the time embedding.
     """
 
     def __init__(self, image_channels=3, size=32, channels=128, channel_mult=(1, 2, 2, 2), layers=2, mid_blocks=1,
-                 attention=(16,), skips="layer", schedule=None, dropout=0.0, out=None):
+                 attention=(16,), skips="layer", schedule=None, dropout=0.0, out=None, classes=0):
         super().__init__()
         every, embedding, kept = skips == "layer", 4 * channels, [channels]
         self.schedule = schedule
@@ -186,9 +188,14 @@ class UNet(nn.Module):
             n = n_out
         self.every = every
         self.output = nn.Sequential(norm(n), nn.SiLU(), zero(conv(n, out or image_channels)))
+        self.classes = classes
+        if classes:                                # the last: all other weights are those of a network without
+            self.label = nn.Linear(classes, embedding, bias=False)
 
-    def forward(self, z, t):
+    def forward(self, z, t, label=None):
         embedding = self.time(t)                                                            # (B, 4 * channels)
+        if self.classes:
+            embedding = embedding + self.label(one_hot(label, self.classes, t))
         h = self.input(ddpm.standardise(z, t, self.schedule))
         skips = [h] if self.every else []
         for block in self.down:

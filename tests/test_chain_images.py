@@ -11,6 +11,7 @@ from test_train_images import history, killed, only
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
+import draw_images
 import images
 import kind_images
 import likelihood
@@ -212,7 +213,7 @@ def test_images_are_drawn_with_the_variance_of_the_run(trained, tmp_path, name, 
 def test_the_grid_of_training_has_the_mean_alone(trained):
     """Its steps have beta tilde, for a network that predicts the mean and a variance, too."""
     one = run.open(trained["log"])
-    samples = kind_images.draw(one.model(), (64, 1, 4, 4), 5, one.config, run.generator("cpu", 0, "grid"))
+    samples = draw_images.draw(one.model(), (64, 1, 4, 4), 5, one.config, run.generator("cpu", 0, "grid"))
     assert one.target == "x" and one.model()(torch.zeros(2, 1, 4, 4), torch.full((2,), 0.5)).shape == (2, 1, 4, 4)
     drawn = np.array(Image.open(trained["log"] / "samples-6.png").convert("L"))
     assert (drawn == images.grid(samples, 8)[0].numpy()).all()

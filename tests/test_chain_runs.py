@@ -97,8 +97,10 @@ def by_hand(config, predict, x, t, eps):
 
 def configs_of(words, members):
     """Configs of a stack from the words of a command line and [(data, target, loss)]."""
+    beside = ["hybrid"] * ("--vlb-weight" in words)                    # which needs it; the first config is meant
     return [settings.configs(train.parse([*FAST, *words.split(), "--data", data, "--target", target, "--loss", loss,
-                                          "--batch-size", "50", "--lr", "1e-5"]))[0] for data, target, loss in members]
+                                          *beside, "--batch-size", "50", "--lr", "1e-5"]))[0]
+            for data, target, loss in members]
 
 
 def epoch(configs, moments=None):

@@ -11,8 +11,8 @@ from test_ddpm import alpha_sigma, every_schedule
 from torch.testing import assert_close
 
 import ddpm
+import draw_images
 import invariance
-import kind_images
 import kind_points
 import likelihood
 import run
@@ -278,7 +278,7 @@ def test_the_likelihood_under_another_schedule(runs, tmp_path, capsys):
 def test_images_under_another_schedule():
     config = dict(schedule="cosine", target="v", stabiliser=0.0, loss="mse", precision="fp32", timesteps=None)
     model = lambda z, t: 0.3 * z
-    draw = lambda under, grid="logsnr", **how: kind_images.draw(
+    draw = lambda under, grid="logsnr", **how: draw_images.draw(
         model, (2, 1, 3, 3), 5, config, torch.Generator().manual_seed(1), 1e-3, under=under, sampler="ddim", grid=grid,
         **how)
     levels = [draw(under).int() for under in (None, "ve", "flow")]

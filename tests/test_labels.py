@@ -224,7 +224,7 @@ def test_arguments_of_sampling(words, sentence, capsys):
     (["--data", "clusters", "{points}"], "has none - leave it out"),
     (["--timesteps", "10"], "of continuous time"), (["--energy", "--target", "s"], "of continuous time"),
     (["--loss", "exact", "--target", "s"], "of continuous time"),
-    (["--data", "cifar10"], "--labels is a setting of points"),
+    (["--data", "cifar10", "--timesteps", "10"], "of continuous time"),
 ])
 def test_what_labels_are_not_for(words, sentence, tmp_path, capsys):
     np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(50, 2)))

@@ -2,7 +2,9 @@
 import math
 
 import numpy as np
+import pytest
 import torch
+from pytorch_fid import fid_score
 from torch.testing import assert_close
 
 import metrics
@@ -104,3 +106,65 @@ def test_log_density_of_points_far_off_the_data_is_not_cut_off():
     x = torch.tensor([[0.0, 10.0], [-3.0, 4.0]], dtype=torch.float64)
     expected = [-0.5 * (square / 0.25 + 2 * math.log(2 * math.pi * 0.25)) for square in (100, 25)]
     assert_close(metrics.log_density(data, x).item(), sum(expected) / 2, rtol=1e-9, atol=0)
+
+
+# Distances of features
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:The `disp`:DeprecationWarning")
+def test_the_distance_of_features_is_pytorch_fids():
+    a, b = normal(40, 5), 1 + 2 * normal(50, 5, seed=1) @ normal(5, 5, seed=2)
+    of = lambda x: (x.mean(0).numpy(), np.cov(x.numpy().T))
+    assert_close(metrics.frechet(a, b).item(), float(fid_score.calculate_frechet_distance(*of(a), *of(b))))
+    assert metrics.frechet(a.float(), b.float()).dtype == torch.float64
+
+
+def test_the_kernel_distance_is_its_sums():
+    """Pairs of two different points alone, each of three sums over all i and j."""
+    a, b = normal(5, 3), 1 + normal(7, 3, seed=1)
+    k = lambda x, y: (float(x @ y) / 3 + 1)**3
+    mean = lambda pairs: sum(k(x, y) for x, y in pairs) / len(pairs)
+    inside = lambda x: mean([(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+    expected = inside(a) + inside(b) - 2 * mean([(x, y) for x in a for y in b])
+    for rows in 1000, 2:
+        assert metrics.kid(a, b, rows).item() == pytest.approx(expected)
+
+
+def test_the_kernel_distance_has_no_bias():
+    """Of one distribution its mean is 0; with the pairs i = j it would be 1."""
+    found = torch.stack([metrics.kid(*pair) for pair in normal(400, 2, 20, 4)])
+    error = found.std() / 400**0.5
+    assert abs(found.mean()) < 4 * error and error < 0.05
+
+
+def balls(x, y, k):
+    """Share of x in the balls of y, by sorting."""
+    inside = 0
+    for point in x.numpy():
+        for centre in y.numpy():
+            radius = sorted(np.linalg.norm(other - centre) for other in y.numpy())[k]
+            if np.linalg.norm(point - centre) <= radius:
+                inside += 1
+                break
+    return inside / len(x)
+
+
+def test_precision_and_recall_are_shares_within_the_balls():
+    real, fake = normal(23, 2), 1 + 2 * normal(17, 2, seed=1)
+    for k in 1, 3:
+        precision, recall = (value.item() for value in metrics.precision_recall(real, fake, k))
+        assert (precision, recall) == (balls(fake, real, k), balls(real, fake, k)) and precision != recall
+        assert [metrics.covered(fake, real, k, rows).item() for rows in (1, 5, 100)] == 3 * [precision]
+    assert metrics.precision_recall(real, fake) == metrics.precision_recall(real, fake, 3)
+
+
+def test_a_lost_mode_costs_recall_and_noise_costs_precision():
+    left, right, far = (normal(200, 2, seed=at) + torch.tensor([at - 20, 0]) for at in (0, 40, 400))
+    real = torch.cat([left, right])
+    precision, recall = metrics.precision_recall(real, left + 0.01)
+    assert precision > 0.95 and abs(recall - 0.5) < 0.05
+    precision, recall = metrics.precision_recall(real, torch.cat([real + 0.01, far, far]))
+    assert abs(precision - 0.5) < 0.05 and recall > 0.95

@@ -63,7 +63,7 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_beyond, "DRAWS", 4)
     patch.setattr(study_file, "ODE_STEPS", 3)
     patch.setattr(plots.plt.Figure, "tight_layout", lambda *args, **kw: None)              # tested in test_plots.py
-    patch.setattr(plots, "save", lambda fig, path: (plots.plt.close(fig), run.write(path, b"not drawn")))
+    patch.setattr(plots, "save", lambda fig, path: (plots.plt.close(fig), run.write(path, b"\x89PNG")))
     read, original_open = {}, run.open
 
     def open_once(path):                                           # more than 700 times else, of 160 runs
@@ -86,8 +86,8 @@ def study(tmp_path_factory):
                                         "--device", "cpu", "--runs", str(folder / "runs"),
                                         "--out", str(folder / "results")])
     patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()
-                                         if row[0] in ("thesis", "beyond") and name != "eps-flows"})
-    # others: test_foundations.py, test_flows.py, ...
+                                         if row[0] in ("thesis", "beyond") and name not in ("eps-flows", "fast")})
+    # others: test_foundations.py, test_flows.py, test_fast.py, ...
     call("all")
     yield folder, drawn, call
     patch.undo()
@@ -440,7 +440,7 @@ def test_every_figure_is_drawn_and_indexed(study):
         "table4.1", "steps", "likelihood", "schedules", "few", *reproduce.SET_BY}
     for document, module in list(reproduce.DOCUMENTS.items())[:2]:           # the third: test_foundations.py
         index = (folder / "results" / document / "index.md").read_text()
-        names = module.RESULTS.keys() - {"eps-flows", *reproduce.SET_BY}
+        names = module.RESULTS.keys() - {"eps-flows", "fast", *reproduce.SET_BY}
         for name in names:
             file = f"{name}.{'md' if name in module.TABLES else 'png'}"
             assert name in module.TABLES or (folder / "results" / document / file).read_bytes().startswith(b"\x89PNG")

@@ -135,7 +135,7 @@ LINES = [  # main, its arguments
         ["--resume", "--overwrite"], ["--target", "u", "--loss", "nelbo_stable"], ["--batch-size", "50001"],
         ["--data", "rings", "dots"], ["--target", "v", "--width", "8"], [*SPARE, "--stack", "2"],
         [*SPARE, "--width", "8"], ["--image-size", "8"], ["--no-compile"], ["--preset", "thesis"], ["--minutes", "1"],
-        ["--precision", "fp32"], ["--skip-corrupt"], ["--data", "dots", "--preset", "dddpm"],
+        ["--warmup", "5"], ["--skip-corrupt"], ["--data", "dots", "--preset", "dddpm"],
         ["--data", "dots", "--precision", "fp8"], ["--data", "dots", "--batch-size", "100"],
         ["--data", "dots", "dots/../dots", "--batch-size", "4"], ["positional"], ["--device", "gpu"],
         ["--target", "v", "--width", "8", "--epochs", "5", "--batch-size", "10000", "--resume"],

@@ -90,7 +90,7 @@ def test_a_config_has_the_settings_that_change_a_run():
     assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                              "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",
                              "shape", "flip", "precision", "channels", "channel_mult", "layers", "mid_blocks",
-                             "attention", "skips", "dropout", "timesteps", "variance", "vlb_weight"}
+                             "attention", "skips", "dropout", "timesteps", "variance", "vlb_weight", "labels"}
     args = train.parse(["--data", "cifar10", "--epochs", "7", "--minutes", "3", "--test-every", "5"])
     longer, = settings.configs(args, shape=[3, 32, 32], flip=True, precision="bf16")
     assert longer == images and settings.kind(images) == "images" and settings.kind(points) == "points"

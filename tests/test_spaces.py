@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import draw_images
 import embedded
 import images
-import kind_images
 import kind_points
 import mlp
 import optimum
@@ -354,7 +354,7 @@ def test_the_table_of_images_has_equal_steps_and_each_runs_numbers(tmp_path, mon
     def draw(model, shape, steps, config, g, **how):
         drawn.append((shape, steps, how))
         return torch.full((12, 1, 2, 2), 20 * len(drawn), dtype=torch.uint8)
-    monkeypatch.setattr(kind_images, "draw", draw)
+    monkeypatch.setattr(draw_images, "draw", draw)
     monkeypatch.setattr(images, "save_png", lambda x, path: drawn.append(x))
     reproduce_spaces_images.fig_samples(study, tmp_path / "a.png")
     *how, figure = drawn

@@ -196,7 +196,7 @@ def test_defaults_are_the_documented_ones():
     of_images = train.parse(["--data", "cifar10"])
     assert vars(of_images) == dict(kind="images", **images, **shared, data=["cifar10"], epochs=500, batch_size=128,
                                    lr=2e-4, width=None, sigma=None, energy=None, activation=None,
-                                   labels=None, optimizer=None)
+                                   labels=False, optimizer=None)
     assert settings.configs(of_images)[0].items() >= unet.PRESETS["ddpm"].items()
     changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32",
                                              "--attention", "0"]))

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import checkpoints
 import ddpm
+import draw_images
 import images
 import kind_images
 import losses
@@ -101,7 +103,7 @@ def test_the_loop_is_the_loop_typed_again(trained, folder):
     averaged.load_state_dict(state["ema"])
     tests = kind_images.test(averaged, images.load(str(folder), "test"), config, torch.device("cpu"))
     assert tests == pytest.approx({key: entries[-1][key] for key in tests}, rel=1e-5)
-    samples = kind_images.draw(averaged, (64, 3, 8, 8), 100, config, run.generator("cpu", 0, "grid"))
+    samples = draw_images.draw(averaged, (64, 3, 8, 8), 100, config, run.generator("cpu", 0, "grid"))
     assert (np.array(Image.open(trained / "samples-10.png")) == images.grid(samples, 8).permute(1, 2, 0).numpy()).all()
 
 
@@ -208,7 +210,7 @@ def test_every_setting_reaches_the_run_and_its_samples(folder, tmp_path, monkeyp
     assert settings | dict(test_loss=0) == dict(run="squares-s-mse-s3", step=5, test_loss=0, steps=2, sampler="ddim",
                                                 eta=0.5, grid="karras", t_min=0.1, clip=True, sampling_seed=7,
                                                 batch_size=2, precision="fp32", device="cpu")
-    with kind_images.autocast(dict(precision="bf16"), torch.device("cpu")):
+    with draw_images.autocast(dict(precision="bf16"), torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu")
 
 
@@ -537,8 +539,8 @@ def test_sampling_goes_on_with_what_is_missing(drawn, monkeypatch):
     argv, out = drawn
     before = {path.name: path.read_bytes() for path in out.glob("samples/*.png")}
     (out / "samples/00005.png").unlink()
-    batches, original = [], kind_images.draw
-    monkeypatch.setattr(kind_images, "draw", lambda *args, **kw: batches.append(args) or original(*args, **kw))
+    batches, original = [], draw_images.draw
+    monkeypatch.setattr(draw_images, "draw", lambda *args, **kw: batches.append(args) or original(*args, **kw))
     sample.main(argv)
     assert len(batches) == 1 and {path.name: path.read_bytes() for path in out.glob("samples/*.png")} == before
     sample.main([*argv, "--num-samples", "13"])            # one more: the image 8 ... 11 and 12 ... 15
@@ -815,9 +817,9 @@ def test_the_statistics_of_the_data_have_a_file_for_what_changes_them(folder, tm
 
 def test_the_digest_is_of_every_byte():
     x = torch.arange(6.0)
-    assert kind_images.digest(x) == kind_images.digest(x.clone()) != kind_images.digest(x, x)
-    assert len({kind_images.digest(x.index_add(0, torch.tensor([i]), torch.tensor([1e-6]))) for i in (0, 1, 2)}) == 3
-    assert kind_images.digest(torch.tensor(0)) != kind_images.digest(torch.tensor(1))
+    assert checkpoints.digest(x) == checkpoints.digest(x.clone()) != checkpoints.digest(x, x)
+    assert len({checkpoints.digest(x.index_add(0, torch.tensor([i]), torch.tensor([1e-6]))) for i in (0, 1, 2)}) == 3
+    assert checkpoints.digest(torch.tensor(0)) != checkpoints.digest(torch.tensor(1))
 
 
 def test_points_and_images_have_the_same_names_in_their_history(trained, tmp_path):
