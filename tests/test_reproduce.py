@@ -86,7 +86,7 @@ def study(tmp_path_factory):
                                         "--device", "cpu", "--runs", str(folder / "runs"),
                                         "--out", str(folder / "results")])
     patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()
-                                         if row[0] in ("thesis", "beyond") and name not in ("eps-flows", "fast")})
+                                         if row[0] in ("thesis", "beyond") and name not in ("eps-flows", "fast", "sweep")})
     # others: test_foundations.py, test_flows.py, test_fast.py, ...
     call("all")
     yield folder, drawn, call
@@ -440,7 +440,7 @@ def test_every_figure_is_drawn_and_indexed(study):
         name for name in reproduce.RESULTS if not reproduce.is_table(name)} - reproduce.SET_BY.keys()
     for document, module in list(reproduce.DOCUMENTS.items())[:2]:           # the third: test_foundations.py
         index = (folder / "results" / document / "index.md").read_text()
-        names = module.RESULTS.keys() - {"eps-flows", "fast", *reproduce.SET_BY}
+        names = module.RESULTS.keys() - {"eps-flows", "fast", "sweep", *reproduce.SET_BY}
         for name in names:
             file = f"{name}.{'md' if name in module.TABLES else 'png'}"
             assert name in module.TABLES or (folder / "results" / document / file).exists()
