@@ -86,7 +86,8 @@ def study(tmp_path_factory):
                                         "--device", "cpu", "--runs", str(folder / "runs"),
                                         "--out", str(folder / "results")])
     patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()
-                                         if row[0] in ("thesis", "beyond") and name not in ("eps-flows", "fast", "sweep")})
+                                         if row[0] in ("thesis", "beyond")
+                                         and name not in ("eps-flows", "fast", "sweep")})
     # others: test_foundations.py, test_flows.py, test_fast.py, ...
     call("all")
     yield folder, drawn, call
