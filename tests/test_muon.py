@@ -124,5 +124,6 @@ def test_autocast_is_for_bf16_alone(tmp_path, monkeypatch):
     calls, original = [], torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda *words, **more: calls.append(words) or original(*words, **more))
     for precision, expected in ("fp32", []), ("bf16", [("cpu", torch.bfloat16)]):
-        train.main([*FAST[:2], "--target", "v", *FAST[5:], "--precision", precision, "--out", str(tmp_path / precision)])
+        train.main([*FAST[:2], "--target", "v", *FAST[5:], "--precision", precision, "--out",
+                    str(tmp_path / precision)])
         assert calls == expected
