@@ -4,10 +4,10 @@ Read `images.py` and `metrics.py` first. Inception's weights are 95 MB from else
 colour. Three convolutions, trained on the data itself by one command, give 128 features of an image and p(label | x).
 Each feature has mean 0 and variance 1 over the data. In these features are measured
 
-    frechet              distance of two Gaussians, as in FID                              Heusel et al. 2017, Eq. (4.6)
-    kid                  unbiased, so that 1,000 samples suffice                           Binkowski et al. 2018
-    precision, recall    shares within the other set's k-nearest-neighbour balls           Kynkaanniemi et al. 2019
-    frechet_binarised    the first, of images that are thresholded at 0 of [-1, 1]         poster, "FID bin."
+    frechet              distance of two Gaussians, as in FID                         Eq. (4.6)
+    kid                  kernel distance without bias: 1,000 samples suffice          Binkowski et al. 2018
+    precision, recall    shares that lie where the other set is                       Kynkaanniemi et al. 2019
+    frechet_binarised    the first, of images that are thresholded at 0 of [-1, 1]    poster, "FID bin."
     recognised           share of samples that are given their label
 
 against the test split, beside their floor: as many images of the train split in place of the samples. Numbers of two
@@ -56,10 +56,10 @@ class Classifier(nn.Module):
         return self.last(F.relu(self.features(x)))
 
 
-def train(x, label, classes, flip=False, device=torch.device("cpu"), seed=0):    # noqa: B008
-    """A trained Classifier of images uint8 (N, C, H, W) and labels (N,): the same for the same data and seed."""
-    torch.manual_seed(run.generator("cpu", seed, "classifier").initial_seed())
-    model, g = Classifier(x.shape[1], classes).to(device), run.generator("cpu", seed, "batches")
+def train(x, label, classes, flip=False, device="cpu"):
+    """A trained Classifier of images uint8 (N, C, H, W) and labels (N,): the same for the same data."""
+    torch.manual_seed(run.generator("cpu", 0, "classifier").initial_seed())
+    model, g = Classifier(x.shape[1], classes).to(device), run.generator("cpu", 0, "batches")
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     for step in progress.watch(range(STEPS), "training", "steps"):
         rows = torch.randint(len(x), (BATCH,), generator=g)

@@ -5,10 +5,24 @@ Not here: the tables and figures of each (`reproduce.py`).
 import ddpm
 
 FAST, FAST_EPOCHS = ["--optimizer", "muon", "--batch-size", "1024", "--precision", "bf16"], 30       # with any of these
+# What `fast` was chosen from, each with the thesis's t and stabiliser: epochs, options
+SWEEP = {
+    "adam":      (25, []),
+    "adam-lr2":  (25, ["--lr", "2e-3"]),
+    "adam-lr4":  (25, ["--lr", "4e-3"]),
+    "adam-ema":  (25, ["--lr", "2e-3", "--ema", "0.999"]),
+    "adam-256":  (25, ["--lr", "2e-3", "--batch-size", "256"]),
+    "adam-bf16": (50, ["--lr", "2e-3", "--precision", "bf16"]),
+    "muon":      (15, ["--optimizer", "muon"]),
+    "muon-1024": (15, ["--optimizer", "muon", "--batch-size", "1024"]),
+    "muon-ema":  (30, [*FAST, "--ema", "0.999"]),
+    "muon-bf16": (FAST_EPOCHS, FAST),
+}
+THESIS = ["--t-min", "1e-6", "--stabiliser", "0.01"]
 CHAIN, CHAINS = ["--schedule", "ddpm", "--timesteps", "1000"], [10, 30, 100, 1000]
 # How networks are trained, and with which losses: the thesis's t and stabiliser (ERRATA.md entry 8), or exact weights.
 RECIPES = {
-    "stabilised": (["--t-min", "1e-6", "--stabiliser", "0.01"], ["mse", "nelbo_stable"]),
+    "stabilised": (THESIS, ["mse", "nelbo_stable"]),
     "exact":      ([], ["nelbo"]),
     "plain":      ([], ["mse"]),
     "logsnr":     (["--t-density", "logsnr"], ["nelbo"]),
@@ -34,6 +48,7 @@ RECIPES = {
     "spaces": ([], ["rescaled", "simple", "v_space", "u_space", "s_space"]),
     "embedded": (["--width", "256", "--stack", "3"], ["rescaled", "simple", "v_space"]),
     "weightings": ([], ["nelbo", "sigmoid", "min_snr", "p2", "edm", "edm_monotonic"]),
+    **{f"sweep-{name}": ([*THESIS, *options], ["mse", "nelbo_stable"]) for name, (_, options) in SWEEP.items()},
     # Poster: guidance
     "labels": (["--labels"], ["mse"]),
 }

@@ -19,7 +19,7 @@ from datasets2d import DATASETS
 from study import cell, rows
 
 EPOCHS, WIDTH = 8, 256                 # of the recipe
-PLANE, DIMENSIONS = "swiss_roll", (2, 32, 512)
+PLANE, DIMENSIONS = "swiss_roll", (2, 8, 32, 128, 512)
 SPACES = {"x": "rescaled", "eps": "simple", "v": "v_space"}
 TESTED = 10_000                        # points
 

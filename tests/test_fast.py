@@ -13,13 +13,15 @@ import reproduce_fast
 import run
 import study as study_file
 from mlp import MLP
+from recipes import SWEEP
 
 SETS = ["clusters", "unequal"]
+SWEPT = ["adam-ema", "adam-bf16"]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """(folder, text of the table): two seeds, two epochs of Adam and one of Muon."""
+    """(folder, text of the table, of the sweep): two seeds, two epochs of Adam and one of Muon."""
     folder, patch = tmp_path_factory.mktemp("fast"), pytest.MonkeyPatch()
     clear = lambda: [cache.cache_clear() for cache in (*CACHES, study_file.nelbo_points)]
     clear()
@@ -27,16 +29,18 @@ def study(tmp_path_factory):
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
     patch.setattr(plots, "loss_curve", lambda *arguments: None)
     patch.setattr(reproduce_fast, "FOUR", SETS)
+    patch.setattr(reproduce_fast, "SWEPT", dict(data=["clusters"], target=["x", "eps"]))
+    patch.setattr(reproduce_fast, "SWEEP", {name: SWEEP[name] for name in SWEPT})
     patch.setattr(reproduce_fast, "FAST_EPOCHS", 1)
     patch.setattr(reproduce_fast, "SAMPLER", (6, "dpmpp", "logsnr"))
 
-    def call(*more):
-        reproduce.main(["fast", "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu", "--runs",
+    def call(name, *more):
+        reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000", "--device", "cpu", "--runs",
                         str(folder / "runs"), "--out", str(folder / "results"), *more])
-        return (folder / "results/beyond/fast.md").read_text().rsplit("\n`python", 1)[0]
-    text = call()
-    assert call("--recorded") == text
-    yield folder, text
+        return (folder / f"results/beyond/{name}.md").read_text().rsplit("\n`python", 1)[0]
+    texts = [call(name) for name in ("fast", "sweep")]
+    assert [call(name, "--recorded") for name in ("fast", "sweep")] == texts
+    yield folder, *texts
     patch.undo()
     clear()
 
@@ -47,7 +51,7 @@ def histories(folder, recipe, *key):
 
 
 def test_distances_and_times_are_those_of_the_runs(study):
-    folder, text = study
+    folder, text, _ = study
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     cells = {line[0]: line[1:] for line in lines}
     ratios, seconds = [], {}
@@ -72,7 +76,7 @@ def test_distances_and_times_are_those_of_the_runs(study):
 
 
 def test_what_it_does_to_v(study):
-    folder, text = study
+    folder, text, _ = study
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     of = {line[0]: line[1:] for line in lines if line[0].endswith((", thesis", ", fast"))}
     assert [*of] == ["clusters, thesis", "clusters, fast", "unequal, thesis", "unequal, fast"]
@@ -87,11 +91,30 @@ def test_what_it_does_to_v(study):
 
 
 def test_the_fast_recipe_is_muon_in_bf16_with_larger_batches(study):
-    folder, _ = study
+    folder, *_ = study
     slow, fast = (run.open(folder / "runs" / recipe / "clusters-v-mse-s0").config
                   for recipe in ("stabilised-2-epochs", "stabilised-fast-1-epochs"))
     changed = {key: value for key, value in fast.items() if slow[key] != value}
     assert changed == dict(optimizer="muon", precision="bf16", batch_size=1024, epochs=1)
+
+
+def test_the_sweep_is_of_the_runs_beside_the_first_row(study):
+    folder, _, text = study
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    titles = ["Adam", "Adam lr 2e-3 ema 0.999", "Adam lr 2e-3 precision bf16"]
+    assert [line[:2] for line in lines[2:]] == [[title, epochs] for title, epochs in zip(titles, "211")]
+    recipes = ["stabilised-2-epochs", "sweep-adam-ema-1-epochs", "sweep-adam-bf16-1-epochs"]
+    found = {(recipe, target, loss): histories(folder, recipe, "clusters", target, loss)
+             for recipe in recipes for target in ("x", "eps") for loss in ("mse", "nelbo_stable")}
+    far = {key: sum(h["test_loss"] - h["optimum"] for h in last) for key, last in found.items()}
+    time = {recipe: sum(h["seconds"] for key, last in found.items() if key[0] == recipe for h in last)
+            for recipe in recipes}
+    for recipe, line in zip(recipes, lines[2:]):
+        assert line[2:4] == [", ".join(f"{far[recipe, target, loss] / far[recipes[0], target, loss]:.2f}"
+                                       for target in ("x", "eps")) for loss in ("mse", "nelbo_stable")]
+        assert line[4] == f"{time[recipe] / time[recipes[0]]:.2f}"
+    config = run.open(folder / "runs/sweep-adam-ema-1-epochs/clusters-x-mse-s1").config
+    assert (config["t_min"], config["stabiliser"], config["lr"], config["ema"]) == (1e-6, 0.01, 2e-3, 0.999)
 
 
 def test_recipe_fast_of_any_result():

@@ -118,3 +118,12 @@ def test_derivatives_are_not_trained_in_bf16(words, capsys):
     with pytest.raises(SystemExit) as error:
         train.parse(["--precision", "bf16", *words.split()])
     assert error.value.code == 2 and "--precision bf16 is too rough for derivatives" in capsys.readouterr().err
+
+
+def test_autocast_is_for_bf16_alone(tmp_path, monkeypatch):
+    calls, original = [], torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *words, **more: calls.append(words) or original(*words, **more))
+    for precision, expected in ("fp32", []), ("bf16", [("cpu", torch.bfloat16)]):
+        train.main([*FAST[:2], "--target", "v", *FAST[5:], "--precision", precision, "--out",
+                    str(tmp_path / precision)])
+        assert calls == expected
