@@ -9,8 +9,7 @@ Read `images.py` and `unet.py` first. Two phases:
        and sampler is that of `train.py`, which sees images of 3 channels that are no grey levels: they are not
        mirrored and not clipped, and their likelihood is a density. `sample.py` decodes
 
-Not here: latents as a dataset of runs (`latent_data.py`); why N(0, I) is no good prior for them, the hole problem
-(`reproduce_latent.py`); latents that are discrete, losses of perception.
+Not here: latents as a dataset of runs (`latent_data.py`); the hole problem (`reproduce_latent.py`); discrete latents.
 
     python latent.py                                         # what an image costs in pixels and in latents
     python latent.py --data fashion_mnist --minutes 3        # writes runs/latent-fashion_mnist/
