@@ -6,7 +6,8 @@ Each feature has mean 0 and variance 1 over the data. In these features are meas
 
     frechet              distance of two Gaussians, as in FID                         Eq. (4.6)
     kid                  kernel distance without bias: 1,000 samples suffice          Binkowski et al. 2018
-    precision, recall    shares that lie where the other set is                       Kynkaanniemi et al. 2019
+    knn_precision        share of samples that lie where the data are                 Kynkaanniemi et al. 2019
+    knn_recall           share of the data that lies where samples are
     frechet_binarised    the first, of images that are thresholded at 0 of [-1, 1]    poster, "FID bin."
     recognised           share of samples that are given their label
 
@@ -34,7 +35,7 @@ import run
 import settings
 
 FEATURES, STEPS, BATCH, RATE = 128, 1500, 128, 2e-3
-DISTANCES = "frechet", "kid", "precision", "recall", "frechet_binarised"
+DISTANCES = "frechet", "kid", "knn_precision", "knn_recall", "frechet_binarised"     # precision is a setting of a run
 
 
 class Classifier(nn.Module):
