@@ -5,7 +5,8 @@ as it is. `load` runs no code in it, and what comes out has the types and the se
 a flipped byte (where there is a digest), a foreign file or an edited one ends in SystemExit with one sentence.
 
     config, model, history, optimizer          of every run
-    ema, step, seconds, recent                 of images, too: see train_images.py
+    ema                                        of images, and of points with --ema, too
+    step, seconds, recent                      of images, too: see train_images.py
     schedule                                   of --schedule learned, too: see learned_schedule.Learner
     moments                                    of --t-density loss_aware and adaptive, too: see adaptive.py
 
@@ -102,6 +103,19 @@ def digest(*parts):
 def lines(history):
     """A history as metrics.jsonl has it."""
     return "".join(json.dumps(entry) + "\n" for entry in history).encode()
+
+
+def outdated(path):
+    """Is a file with what was measured of a run not there, or older than the checkpoint beside it?"""
+    return not path.exists() or path.stat().st_mtime < path.with_name("ckpt.pt").stat().st_mtime
+
+
+def once(one, name, measure, *more):
+    """What measure(one, *more) -> dict finds of a Run, where it is outdated -> it, from <run>/<name>.json."""
+    path = one.folder / f"{name}.json"
+    if outdated(path):
+        write(path, json.dumps(measure(one, *more)).encode())
+    return json.loads(path.read_text())
 
 
 def save(path, checkpoint):

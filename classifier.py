@@ -180,14 +180,15 @@ def main(argv=None):
         (images.load(args.data, split, args.data_dir, args.image_size, args.skip_corrupt),
          images.labels(args.data, split, args.data_dir, args.skip_corrupt)) for split in ("train", "test"))
     model = train(x, label, classes, args.data in images.FLIPPED, device)
-    accuracy = recognised(seen(model, test), truth)["recognised"]
+    of_test = seen(model, test)
+    accuracy = recognised(of_test, truth)["recognised"]
     facts = dict(data=args.data, shape=list(x.shape[1:]), classes=classes, accuracy=accuracy, steps=STEPS,
                  digest=checkpoints.digest(*model.state_dict().values()),
                  **{} if args.data in images.IMAGES else dict(images=images.facts(args.data)))
     checkpoints.save(path, dict(classifier=facts, model={name: c.cpu() for name, c in model.state_dict().items()}))
     print(f"{path}: {classes} classes, {accuracy:.2%} of {len(test):,} test images are given their label, "
           f"digest {facts['digest']}; {progress.seconds():.0f} s in all")
-    floor = distances(seen(model, some(x, 10_000)), seen(model, test))
+    floor = distances(seen(model, some(x, 10_000)), of_test)
     print("floor, train split against test split: " + ", ".join(
         f"{name.replace('_', ' ')} {value:.4f}" for name, value in floor.items()))
 

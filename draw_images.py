@@ -30,21 +30,19 @@ def clips(config, clip):
     return clip and "latents" not in config
 
 
-def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, t_max=None,
-         **how):
+def draw(model, shape, steps, config, generator, t_min=1e-3, clip=True, own=None, under=None, t_max=None, **how):
     """Images (B, C, H, W), uint8; clip keeps x_hat in [-1, 1] at every step. how: sampler, grid, eta of `samplers`.
 
-    shape: of what the model sees; latents are not clipped, and decoded.
-
-    model predicts `variance.predicted` of the run's target; how may also have the variance of `ancestral`. own: the
-    schedule of the Run, where it is learned. under, t_max: another's name, where noise is, see `invariance.py`.
+    shape: of what the model sees; latents are not clipped, and decoded. model predicts `variance.predicted` of the
+    run's target; how may also have the variance of `ancestral`. own: the schedule of the Run, where it is learned.
+    under, t_max: another's name, where noise is, see `invariance.py`.
     """
     target = variances.predicted(config["target"])
     model, schedule, t_min = invariance.of_run(model, target, config, t_min, under, own, t_max)
     with autocast(config, generator.device):
         x = samplers.sample(model, shape, steps, target=target, schedule=schedule, t_min=t_min, generator=generator,
                             stabiliser=config["stabiliser"], clip=1.0 if clips(config, clip) else math.inf, **how)
-    return images.to_uint8(latent_data.decoded(x, config))
+    return images.to_uint8(latent_data.decoder(config)(x))
 
 
 def first_grid(z):
@@ -114,7 +112,8 @@ def draw_folder(folder, one, n, args, device):
         x = draw(watched, (size, *config["shape"]), args.steps, config, generator, t_min, args.clip, one.schedule,
                  **how).cpu()
         if args.movie and i == 0:
-            frames = [*((t, latent_data.decoded(z, config)) for t, z in film.frames), (0.0, images.to_float(x[:n]))]
+            decode = latent_data.decoder(config)
+            frames = [*((t, decode(z)) for t, z in film.frames), (0.0, images.to_float(x[:n]))]
             movie.images([(t, first_grid(z)) for t, z in frames], folder.parent / "samples.gif")
         for name, image in zip(names[i:i + size], x):                 # the last batch is whole, too: one shape for all
             images.save_png(image, folder / name)

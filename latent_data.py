@@ -47,9 +47,9 @@ def source(config):
     return of_run(config)["config"] if "latents" in config else config
 
 
-@torch.no_grad()
-def decoded(z, config):
-    """Samples of a run as images in [-1, 1]: latents (B, c, h, w) decoded to (B, C, H, W), others as they are."""
+def decoder(config):
+    """Of a run samples -> images in [-1, 1]: latents (B, c, h, w) -> (B, C, H, W), others as they are."""
     if "latents" not in config:
-        return z
-    return latent.in_parts(of_run(config)["autoencoder"].to(z.device).decode, z.float())
+        return lambda z: z
+    autoencoder = of_run(config)["autoencoder"]
+    return torch.no_grad()(lambda z: latent.in_parts(autoencoder.to(z.device).decode, z.float()))

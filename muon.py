@@ -42,16 +42,20 @@ class Muon(Adam):
     The momentum has the name of Adam's, `exp_avg`, so that a checkpoint is one of either.
     """
 
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.inner = [i for i, p in enumerate(parameters) if p.shape[1] == p.shape[2]]
+        self.others = [i for i in range(len(parameters)) if i not in self.inner]
+        self.dtype = precision(parameters[0].device)
+
     @torch.no_grad()
     def step(self):
         parameters, rate = self.param_groups[0]["params"], self.param_groups[0]["lr"]
-        dtype = precision(parameters[0].device)
-        inner = [i for i, p in enumerate(parameters) if p.shape[1] == p.shape[2]]
-        self.update([i for i in range(len(parameters)) if i not in inner])
-        for i in inner:
+        self.update(self.others)
+        for i in self.inner:
             gradient = parameters[i].grad
             momentum = self.state[i]["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-            parameters[i] -= RATIO * rate * orthogonal(gradient.lerp(momentum, MOMENTUM), dtype)
+            parameters[i] -= RATIO * rate * orthogonal(gradient.lerp(momentum, MOMENTUM), self.dtype)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ on the cosine schedule `mse` of v is `v_space` and that of eps is `simple`.
 Not here: how good the images are, which takes thousands of them (`metrics.py`).
 """
 import itertools
-import json
 
 import torch
 
@@ -14,6 +13,7 @@ import draw_images
 import images
 import reproduce_spaces_images
 import run
+from checkpoints import once
 from study import rows
 
 TARGETS = {"v": "v_space", "eps": "simple"}
@@ -46,10 +46,7 @@ def measured(study):
     runs, found = reproduce_spaces_images.trained(study), {}
     for target, loss in TARGETS.items():
         one = runs[target, loss]
-        path = one.folder / "few.json"
-        if not path.exists() or path.stat().st_mtime < (one.folder / "ckpt.pt").stat().st_mtime:
-            run.write(path, json.dumps(measure(one)).encode())
-        found[target] = one, json.loads(path.read_text())
+        found[target] = one, once(one, "few", measure)
     return found
 
 

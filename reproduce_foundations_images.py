@@ -4,7 +4,6 @@ Part of `reproduce_foundations.py`. Read `kind_images.py` and `reproduce_varianc
 
 Not here: the document's own size; that is `--data cifar10 --budget 2000` on a GPU, with the default network.
 """
-import json
 import math
 import statistics
 from pathlib import Path
@@ -15,6 +14,7 @@ import losses
 import reproduce_variances
 import run
 import train
+from checkpoints import once
 from decoders import discretised
 from study import rows
 
@@ -47,11 +47,9 @@ def table(study, configurations):
                     "--target", target, "--loss", ours, "--out", str(root), "--device", args.device,
                     "--data-dir", args.data_dir, *args.more,
                     *(["--minutes", share] if steps is None else ["--train-steps", str(steps)]), "--resume"])
-        one, path = run.open(folder), folder / "foundations.json"
+        one = run.open(folder)
         steps = one.checkpoint["step"] if steps is None else steps
-        if not path.exists() or path.stat().st_mtime < (folder / "ckpt.pt").stat().st_mtime:
-            run.write(path, json.dumps(measure(one, args.data_dir)).encode())
-        found = json.loads(path.read_text())
+        found = once(one, "foundations", measure, args.data_dir)
         cells = [f"{value:.3g} +- {error:.1g}" for value, error in found["bounds"].values()]
         lines.append([mean, variance, loss, *document, f"{found['mean_mse']:.3g}", *(cells + ["-"])[:2],
                       f"{found['median']:.3g}", f"{found['maximum']:.3g}"])

@@ -2,7 +2,6 @@
 
 Part of `reproduce_vdm.py`. Read `likelihood.py` and `reproduce_schedules.py` first.
 """
-import json
 import math
 import statistics
 from pathlib import Path
@@ -15,6 +14,7 @@ import likelihood
 import reproduce_schedules
 import run
 import train
+from checkpoints import once
 from recipes import RECIPES
 from study import rows
 
@@ -41,11 +41,9 @@ def table(study):
                     "--device", args.device, "--data-dir", args.data_dir, *args.more,
                     *(["--minutes", str(args.budget / len(reproduce_schedules.DENSITIES))] if steps is None
                       else ["--train-steps", str(steps)]), "--resume"])
-        one, path = run.open(folder), folder / "schedules.json"
+        one = run.open(folder)
         steps = one.checkpoint["step"] if steps is None else steps
-        if not path.exists() or path.stat().st_mtime < (folder / "ckpt.pt").stat().st_mtime:
-            run.write(path, json.dumps(measure(one, args.data_dir)).encode())
-        found = json.loads(path.read_text())
+        found = once(one, "schedules", measure, args.data_dir)
         bound = torch.tensor(found["bound"], dtype=torch.float64)
         first = bound if first is None else first
         cells = [f"{c.mean():.3f} +- {c.std() / len(c)**0.5:.3f}" for c in (bound, bound - first)]

@@ -4,7 +4,6 @@ Part of `reproduce_vdm.py`, which says what the functions are. Read `kind_images
 
 Not here: the size of the paper whose question this is (Li and He 2025); that takes GPUs.
 """
-import json
 import math
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import likelihood
 import losses
 import run
 import train
+from checkpoints import once
 from decoders import discretised
 from study import rows
 
@@ -74,10 +74,7 @@ def table(study):
     """Fashion-MNIST or other images: the losses in three spaces and the bound of nine runs."""
     args, lines, runs = study.args, [], trained(study)
     for (target, loss), one in runs.items():
-        path = one.folder / "spaces.json"
-        if not path.exists() or path.stat().st_mtime < (one.folder / "ckpt.pt").stat().st_mtime:
-            run.write(path, json.dumps(measure(one, args.data_dir)).encode())
-        found = json.loads(path.read_text())
+        found = once(one, "spaces", measure, args.data_dir)
         lines.append([target, f"{loss}", *(f"{value:.4g}" for value in found["losses"].values()),
                       "{:.3f} +- {:.3f}".format(*found["bound"]), f"{found['saved']:.1f}"])
     config = one.config

@@ -26,6 +26,7 @@ import settings
 import tables
 import targets
 import train
+from checkpoints import once, outdated
 from datasets2d import DATASETS, FOUR
 from recipes import CHAINS, FAST, RECIPES  # noqa: F401 - of the tables
 
@@ -218,14 +219,13 @@ class Study:
         """What measure(Run) -> dict finds, where it is missing -> {key: dict}, in <run>/<file or part>.json."""
         if self.args.recorded:
             return {key: self.recorded(one.recipe, key, part) for key, one in runs.items()}
-        start, path = time.perf_counter(), lambda key: runs[key].folder / f"{file or part}.json"
-        missing = [key for key in runs if not path(key).exists()
-                   or path(key).stat().st_mtime < (runs[key].folder / "ckpt.pt").stat().st_mtime]
-        for done, key in enumerate(missing, 1):
-            run.write(path(key), json.dumps(measure(runs[key])).encode())
-            left = (time.perf_counter() - start) / done * (len(missing) - done)
-            print(f"{part}: {done} of {len(missing)} networks, {left:.0f} s left", flush=True)
-        results = {key: json.loads(path(key).read_text()) for key in runs}
+        start, file = time.perf_counter(), file or part
+        left = [one for one in runs.values() if outdated(one.folder / f"{file}.json")]
+        for done, one in enumerate(left, 1):
+            once(one, file, measure)
+            seconds = (time.perf_counter() - start) / done * (len(left) - done)
+            print(f"{part}: {done} of {len(left)} networks, {seconds:.0f} s left", flush=True)
+        results = {key: once(one, file, measure) for key, one in runs.items()}
         for key, result in results.items():
             self.note(runs[key].recipe, key, **{part: result})
         return results

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import adaptive
 import checkpoints
@@ -31,7 +30,7 @@ import progress
 import run
 import settings
 import variance as variances
-from adam import ema_decay
+from adam import average
 
 GRID_STEPS = 100      # of the sampler that draws a grid during training
 SAVE_EVERY = 60       # seconds between two checkpoints, at least
@@ -95,7 +94,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         recent = list(zip(*(column.to(device) for column in state["recent"])))
         if recent and len(recent[0][2]) != config["batch_size"] // world:
             recent = []                                    # of another number of processes: their parts differ in size
-    average, mine = list(ema.parameters()), slice(rank, None, world)
+    mine = slice(rank, None, world)
     network = DistributedDataParallel(model) if world > 1 else model
     network = torch.compile(network) if compiled else network
 
@@ -140,7 +139,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"])
         optimizer.step()
         step += 1
-        get_ema_multi_avg_fn(ema_decay(config["ema"], step))(average, list(model.parameters()), None)
+        average(ema, model, config["ema"], step)
 
         if aware:
             moments = adaptive.moved(moments, t, errors.detach() / importance, 0.1, config)

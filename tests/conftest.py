@@ -1,11 +1,29 @@
 """Tests neither read nor write the user's cache; those of `cache.py` have a folder of their own."""
 import os
 
+import pytest
+
 os.environ["DIFFUSION_LOSSES_CACHE"] = ""
 
-LONGEST = "test_train_images.py", "test_reproduce.py", "test_fid.py", "test_stack.py", "test_exercises.py"
 
+@pytest.fixture
+def interrupted():
+    """interrupted(call): call(), which trains points, is stopped as by Ctrl-C when its second epoch begins.
 
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that of two processes neither waits for the other at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    check(optimizer) is called at every epoch before that, too.
+    """
+    import train_points  # here: most tests do not need it
+
+    def interrupt(call, check=lambda optimizer: None):
+        original = train_points.train_epoch
+
+        def stop(step, optimizer, data, epoch, *rest):
+            check(optimizer)
+            if epoch == 1:
+                raise KeyboardInterrupt
+            return original(step, optimizer, data, epoch, *rest)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_points, "train_epoch", stop)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+    return interrupt

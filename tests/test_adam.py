@@ -62,18 +62,9 @@ def test_they_are_what_is_tested_and_opened(trained):
         assert (abs(test(model)[0, 0].item() - one.history[-1]["test_loss"]) < 1e-6) == same
 
 
-def test_a_member_is_the_network_trained_alone_and_a_killed_run_goes_on(trained, tmp_path, monkeypatch):
-    original = train_points.train_epoch
-
-    def stop(step, optimizer, data, epoch, *rest):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return original(step, optimizer, data, epoch, *rest)
+def test_a_member_is_the_network_trained_alone_and_a_killed_run_goes_on(trained, tmp_path, interrupted):
     alone = [*FAST[:2], "--target", "v", *FAST[5:], "--out", str(tmp_path)]
-    monkeypatch.setattr(train_points, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(alone)
-    monkeypatch.undo()
+    interrupted(lambda: train.main(alone))
     name = "clusters-v-mse-s0"
     assert len(run.load(tmp_path / name)["history"]) == 1
     train.main([*alone, "--resume"])

@@ -226,18 +226,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("part, words", [("range", RANGE), ("aware", AWARE)])
-def test_a_killed_stack_goes_on_bit_for_bit(trained, tmp_path, monkeypatch, part, words):
+def test_a_killed_stack_goes_on_bit_for_bit(trained, tmp_path, interrupted, part, words):
     """With the moments of its terms; with others it ends elsewhere."""
-    original = train_points.train_epoch
-
-    def stop(step, optimizer, data, epoch, *rest):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return original(step, optimizer, data, epoch, *rest)
-    monkeypatch.setattr(train_points, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, words)
-    monkeypatch.undo()
+    interrupted(lambda: fit(tmp_path, words))
     states = {path: run.load(path) for path in tmp_path.glob("*/ckpt.pt")}
     assert len(states) == (4 if part == "range" else 2) and all(len(s["history"]) == 1 for s in states.values())
     assert all(("moments" in state) == (part == "aware") for state in states.values())

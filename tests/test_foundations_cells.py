@@ -2,6 +2,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -495,8 +496,8 @@ def test_the_table_of_images_has_equal_steps_and_each_runs_numbers(tmp_path, mon
 
     def opened(folder):
         config = dict(shape=[1, 2, 2], batch_size=8, precision="fp32")
-        networks.append(SimpleNamespace(config=config, checkpoint=dict(step=77 + len(networks),
-                                                                       ema=dict(w=torch.zeros(3, 5)))))
+        networks.append(SimpleNamespace(folder=Path(folder), config=config, checkpoint=dict(
+            step=77 + len(networks), ema=dict(w=torch.zeros(3, 5)))))
         return networks[-1]
     monkeypatch.setattr(train, "main", trained)
     monkeypatch.setattr(run, "open", opened)

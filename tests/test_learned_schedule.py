@@ -24,7 +24,6 @@ import sample
 import samplers
 import train
 import train_images
-import train_points
 from datasets2d import DATASETS
 from learned_schedule import CLOCK, LearnedSchedule, Learner
 from mlp import MLP
@@ -311,18 +310,9 @@ def trained(tmp_path_factory):
     return out
 
 
-def test_a_killed_stack_goes_on_bit_for_bit(trained, tmp_path, monkeypatch):
+def test_a_killed_stack_goes_on_bit_for_bit(trained, tmp_path, interrupted):
     """With its schedule and the state of the optimiser; each member has its own. Without them it is refused."""
-    original = train_points.train_epoch
-
-    def stop(step, optimizer, data, epoch, *rest):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return original(step, optimizer, data, epoch, *rest)
-    monkeypatch.setattr(train_points, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, WORDS)
-    monkeypatch.undo()
+    interrupted(lambda: fit(tmp_path, WORDS))
     states = {path: run.load(path) for path in tmp_path.glob("*/ckpt.pt")}
     assert len(states) == 2 and all(len(state["history"]) == 1 for state in states.values())
     fit(tmp_path, WORDS, "--resume")

@@ -72,19 +72,12 @@ def trained(tmp_path_factory):
     return out
 
 
-def test_a_member_is_the_network_trained_alone_and_a_killed_run_goes_on(trained, tmp_path, monkeypatch):
-    original = train_points.train_epoch
-
-    def stop(step, optimizer, data, epoch, *rest):
-        assert isinstance(optimizer, muon.Muon)
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return original(step, optimizer, data, epoch, *rest)
+def test_a_member_is_the_network_trained_alone_and_a_killed_run_goes_on(trained, tmp_path, interrupted):
     alone = [*FAST[:2], "--target", "v", *FAST[5:], "--out", str(tmp_path)]
-    monkeypatch.setattr(train_points, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(alone)
-    monkeypatch.undo()
+
+    def is_muon(optimizer):
+        assert isinstance(optimizer, muon.Muon)
+    interrupted(lambda: train.main(alone), is_muon)
     train.main([*alone, "--resume"])
     a, b = (run.load(folder / "clusters-v-mse-s0") for folder in (trained, tmp_path))
     assert a["config"]["optimizer"] == "muon" and len(b["history"]) == 2

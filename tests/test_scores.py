@@ -245,20 +245,10 @@ def test_the_trace_of_a_large_dimension_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_exactly(tmp_path, interrupted):
     words = [*FAST, "--loss", "sliced", "--seeds", "2"]
     train.main([*words, "--out", str(tmp_path / "whole")])
-    calls, original = [], train_points.train_epoch
-
-    def stop(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments)
-    monkeypatch.setattr(train_points, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*words, "--out", str(tmp_path / "killed")])
-    monkeypatch.undo()
+    interrupted(lambda: train.main([*words, "--out", str(tmp_path / "killed")]))
     train.main([*words, "--out", str(tmp_path / "killed"), "--resume"])
     whole, killed = ({path.name: run.load(path)["model"] for path in (tmp_path / name).iterdir()}
                      for name in ("whole", "killed"))

@@ -89,20 +89,11 @@ def test_a_checkpoint_holds_its_member_only(stacked):
     assert max(sizes) < 1.2 * min(sizes) and max(sizes) < 60_000
 
 
-def test_an_interrupted_stack_goes_on_from_wherever_its_members_are(stacked, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_stack_goes_on_from_wherever_its_members_are(stacked, tmp_path, interrupted, capsys):
     """One run finished alone, a stack stopped in its second epoch, the rest never begun."""
     train.main(["--data", "rings", "--target", "x", "--loss", "mse", "--stabiliser", "0.01", *FAST,
                 "--out", str(tmp_path)])
-    original = train_points.train_epoch
-
-    def stop(step, optimizer, data, epoch, *rest):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return original(step, optimizer, data, epoch, *rest)
-    monkeypatch.setattr(train_points, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*STACK, *FAST, "--stack", "6", "--out", str(tmp_path), "--resume"])
-    monkeypatch.undo()
+    interrupted(lambda: train.main([*STACK, *FAST, "--stack", "6", "--out", str(tmp_path), "--resume"]))
     done = {path.parent.name: len(run.load(path)["history"]) for path in tmp_path.glob("*/ckpt.pt")}
     assert sorted(done.values()) == 6 * [1] + [3]
     train.main([*STACK, *FAST, "--out", str(tmp_path), "--resume"])

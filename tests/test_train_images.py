@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import adam
 import checkpoints
 import ddpm
 import draw_images
@@ -108,8 +109,8 @@ def test_the_loop_is_the_loop_typed_again(trained, folder):
 
 
 def test_ema_decay_at_both_ends():
-    assert train_images.ema_decay(0.9999, 0) == 0.1 and train_images.ema_decay(0.9999, 90) == 0.91
-    assert train_images.ema_decay(0.9999, 10**7) == 0.9999 and train_images.ema_decay(0.0, 5) == 0.0
+    assert adam.ema_decay(0.9999, 0) == 0.1 and adam.ema_decay(0.9999, 90) == 0.91
+    assert adam.ema_decay(0.9999, 10**7) == 0.9999 and adam.ema_decay(0.0, 5) == 0.0
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -297,9 +298,9 @@ def test_dropout_is_of_training_alone_and_differs_from_step_to_step(trained, fol
     assert_close(seen["after"], seen["before"] / 0.7 * ~off)
     assert sum(isinstance(part, torch.nn.Dropout) and part.p == 0.3 for part in model.modules()) == \
         sum(isinstance(part, unet.Resnet) for part in model.modules())
-    draws, original = [], train_images.get_ema_multi_avg_fn
-    monkeypatch.setattr(train_images, "get_ema_multi_avg_fn",
-                        lambda decay: draws.append(torch.rand(()).item()) or original(decay))
+    draws, original = [], train_images.average
+    monkeypatch.setattr(train_images, "average",
+                        lambda *weights: draws.append(torch.rand(()).item()) or original(*weights))
     modes, test = [], kind_images.test
     monkeypatch.setattr(kind_images, "test", lambda model, *args: modes.append(model.training) or test(model, *args))
     train.main(command(folder, dropped[0] / "other", "--epochs", "1", "--dropout", "0.3", "--grid-every", "50"))
