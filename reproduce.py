@@ -33,11 +33,13 @@ DOCUMENTS = {"thesis": reproduce_thesis, "beyond": reproduce_beyond, "foundation
              "slides": reproduce_slides, "vdm": reproduce_vdm, "poster": reproduce_poster}
 RESULTS = {name: (document, *row) for document, module in DOCUMENTS.items() for name, row in module.RESULTS.items()}
 DEFAULTS = {"seeds": 3, "epochs": 100, "num_samples": 10_000, "recipe": "thesis"}
-OF_IMAGES = {"data": "cifar10", "budget": None, "num_samples": 10_000}         # None: always said
+OF_IMAGES = {"data": "cifar10", "budget": None, "seeds": 3, "num_samples": 10_000}         # None: always said
 SET = "--target", "--loss", "--minutes", "--seed", "--seeds", "--resume", "--no-resume", "--overwrite"
 SET_BY = {"table4.2": SET, "tableF5.1-images": (*SET, "--schedule", "--timesteps", "--variance", "--train-steps"),
           "schedules-images": (*SET, "--target", "--schedule", "--t-density", "--adaptive", "--train-steps"),
           **dict.fromkeys(("spaces-images", "spaces-images-samples", "few-images", "few-images-samples"), SET),
+          **dict.fromkeys(reproduce_poster.reproduce_poster_images.RESULTS,
+                          (*SET, "--labels", "--timesteps", "--variance", "--train-steps")),
           **dict.fromkeys(("latents", "latents-samples"),
                           (*SET, "--image-size", "--flip", "--no-flip", "--skip-corrupt", "--labels"))}
 

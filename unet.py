@@ -78,6 +78,13 @@ class Resnet(nn.Module):
         return self.shortcut(h) + self.conv2(self.dropout(F.silu(self.norm2(residual))))
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(C)) v: (B, N, C) each -> (B, N, C)."""
+    if q.is_cpu and q.dtype == torch.bfloat16:             # there the fused kernel is slower, its backward pass 3 times
+        return (q @ k.mT / math.sqrt(q.shape[2])).softmax(2) @ v
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]         # of one head
+
+
 class Attention(nn.Module):
     """GroupNorm, self-attention of all pixels with one head, residual (Fig. 4.6)."""
 
@@ -87,8 +94,7 @@ class Attention(nn.Module):
 
     def forward(self, h):
         pixels = self.norm(h).flatten(2).mT                                                 # (B, H W, C)
-        q, k, v = self.qkv(pixels)[:, None].chunk(3, -1)                                    # (B, 1 head, H W, C)
-        residual = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        residual = self.out(attend(*self.qkv(pixels).chunk(3, -1)))
         return h + residual.mT.unflatten(2, h.shape[2:])
 
 

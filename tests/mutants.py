@@ -488,6 +488,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("unet.py", "zero(conv(n, out or image_channels))", "conv(n, out or image_channels)"),
     ("unet.py", "return h + residual.mT.unflatten", "return residual.mT.unflatten"),
     ("unet.py", "pixels = self.norm(h)", "pixels = h"),
+    ("unet.py", "k.mT / math.sqrt(q.shape[2])", "k.mT / math.sqrt(q.shape[1])"),
+    ("unet.py", ").softmax(2) @ v", ").softmax(1) @ v"),
     ("unet.py", "eps=1e-6", "eps=1e-2"),
     ("unet.py", "n >= 4 * g)", "n >= g)"),
     ("unet.py", "if self.every or layer is self.layers[-1]:", "if self.every or layer is self.layers[0]:"),

@@ -246,3 +246,18 @@ def test_precision_in_is_precision_out_and_exploding_noise_is_scaled():
     z = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     scale = (1 + schedule.sigma(t)**2).sqrt()[:, None, None, None]
     assert_close(exploding(z * scale, t), plain(z, t))
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_attention_is_right_in_every_precision(dtype, error):
+    """Written out in bf16 on a CPU, fused elsewhere: both are that in float64 but for rounding, slopes too."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (c.requires_grad_() for c in 2 * torch.randn(3, 2, 9, 5, generator=g, dtype=torch.float64))
+    expected = torch.stack([torch.softmax(q[i] @ k[i].T / 5**0.5, 1) @ v[i] for i in range(2)])
+    weight = torch.randn(expected.shape, generator=g, dtype=torch.float64)
+    slopes = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    y = unet.attend(q.to(dtype), k.to(dtype), v.to(dtype))
+    assert y.dtype == dtype
+    assert (y - expected).square().mean().sqrt() < error
+    for slope, exact in zip(torch.autograd.grad((y * weight).sum(), (q, k, v)), slopes):
+        assert (slope - exact).square().mean().sqrt() < 2 * error * exact.square().mean().sqrt()
