@@ -2,20 +2,24 @@
 
     python bench.py                                        # points, on the GPU if there is one, else on the CPU
     python bench.py --device cpu --width 256
+    python bench.py optimum                                # how long until a network is at the best possible loss
     python bench.py unet                                   # images; the UNets of diffusers and
                                                            # denoising-diffusion-pytorch join where installed
 
-Points: all loops train the same network on the same points with the same batch size and optimiser. Times are per
-network and step: that of a stack (8, on a GPU 96; on CUDA captured) is divided by their number. Images: all networks
-have as many channels, blocks and layers; FLOP are counted (two for a multiply and add; training is three forward
-passes) and compared with a large product of matrices in the same run. Rounds alternate and the median counts. Peak
-memory is the process's resident set on a CPU and torch's allocations on CUDA.
+Points: all loops train the same network on the same points with the same batch size and optimiser, but `fast`, the
+recipe of that name. Times are per network and step, of a stack (8, on a GPU 96; on CUDA captured) divided by their
+number. Images: all networks have as many channels, blocks and layers. FLOP (two for a multiply and add; training is
+three forward passes) are compared with a large product of matrices in the same precision. Rounds alternate and the
+median counts. Peak memory is the resident set on a CPU and torch's allocations on CUDA. The optimum: seconds of
+training and tests of one network on the rings with `mse` until its test loss is within 1 % of the best possible.
 """
 import argparse
 import functools
+import math
 import resource
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
@@ -33,6 +37,7 @@ import train
 import train_points
 import unet
 from datasets2d import DATASETS
+from recipes import FAST, FAST_EPOCHS
 from targets import OF_A_STEP, TARGETS
 
 
@@ -64,7 +69,7 @@ def network_epoch(model, data, config):
 
 def seconds(function, device):
     """Wall time of one call, with the device's queue empty before and after."""
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    synchronize = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(device.type, lambda: None)
     synchronize()
     start = time.perf_counter()
     function()
@@ -77,46 +82,54 @@ def opened(config, weights):
     return run.Run("bench", dict(config=config, model=weights, history=[]))
 
 
+def ready(config, device, members=1):
+    """A network with fresh weights, or a stack of them, its optimiser and its step, as train.py has them."""
+    network = kind_points.build_model(config, members).to(device)
+    optimizer = train_points.build_optimizer(network, config)
+    return network, optimizer, train_points.ready_step(network, optimizer, members, config["batch_size"],
+                                                       precision=config["precision"])
+
+
 def points(args, device):
     """Training and sampling of points."""
     args.batch_size = args.batch_size or 512
     print(f"torch {torch.__version__}, {run.device_name(device)}, batch {args.batch_size}, width {args.width}")
-
     shape = [f"--batch-size={args.batch_size}", f"--width={args.width}"]
-    config, = settings.configs(train.parse([f"--target={args.target}", *shape]))
+    config, quick = (settings.configs(train.parse([f"--target={args.target}", *shape, *of]))[0] for of in ([], FAST))
     members = settings.configs(train.parse(["--target", "x", "eps", "v", "s", "--loss", "mse", "nelbo", *shape,
                                          f"--seeds={1 if device.type == 'cpu' else 12}"]))
     stacked = f"stack of {len(members)}"
     data = DATASETS["rings"].sample(kind_points.POINTS)
-    ours, plain = kind_points.build_model(config).to(device), plain_model(args.width).to(device)
-    many = kind_points.build_model(config, len(members)).to(device)
-    our_optimizer, many_optimizer = (train_points.build_optimizer(ours, config),
-                                     train_points.build_optimizer(many, config))
+    ours = kind_points.build_model(config).to(device)
+    our_optimizer = train_points.build_optimizer(ours, config)
+    our_step = train_points.build_step(ours, our_optimizer, 1)                   # eager, also on CUDA
+    many, many_optimizer, many_step = ready(config, device, len(members))
+    in_bf16 = {"bf16": config | {"precision": "bf16"}, "fast": quick}
+    plain = plain_model(args.width).to(device)
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(data), batch_size=args.batch_size, shuffle=True, drop_last=True)
     data = data.to(device)
-    our_step = train_points.build_step(ours, our_optimizer, 1)
-    many_step = train_points.ready_step(many, many_optimizer, len(members), args.batch_size)
-
-    # "train.py" is eager, also on CUDA
     loops = {"train.py": lambda: train_points.train_epoch(our_step, our_optimizer, [data], 0, [config]),
              "plain": lambda: plain_epoch(plain, plain_optimizer, loader, device),
              "network alone": lambda: network_epoch(ours, data, config),
              stacked: lambda: train_points.train_epoch(many_step, many_optimizer, len(members) * [data], 0, members)}
-    if device.type == "cuda":                               # what train.py does with one network there
-        alone = kind_points.build_model(config).to(device)
-        alone_optimizer = train_points.build_optimizer(alone, config)
-        alone_step = train_points.ready_step(alone, alone_optimizer, 1, args.batch_size)
-        loops["captured"] = lambda: train_points.train_epoch(alone_step, alone_optimizer, [data], 0, [config])
+    for name, of in (in_bf16 | ({"captured": config} if device.type == "cuda" else {})).items():   # as train.py does
+        _, optimizer, step = ready(of, device)
+        loops[name] = functools.partial(train_points.train_epoch, step, optimizer, [data], 0, [of])
     times = {name: [] for name in loops}
     for _ in range(args.rounds + 1):
         for name, loop in loops.items():
-            times[name].append(seconds(loop, device) / len(loader) / (len(members) if name == stacked else 1))
-    times = {name: statistics.median(values[1:]) for name, values in times.items()}     # the first round warms up
-    flop = 6 * args.batch_size * sum(p.numel() for p in ours.weights)    # forward 2, backward 4
+            times[name].append(seconds(loop, device))
+    batch = {name: in_bf16.get(name, config)["batch_size"] for name in loops}
+    times = {name: statistics.median(values[1:]) / (len(data) // batch[name]) / (len(members) if name == stacked else 1)
+             for name, values in times.items()}            # the first round warms up
+    flop = 6 * sum(p.numel() for p in ours.weights)        # of a point: forward 2, backward 4
+    top = [ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    speed = {name: flop * batch[name] / step for name, step in times.items()}
     for name, step in times.items():
-        print(f"training    {name:13s} {1e3 * step:7.3f} ms/step {flop / step / 1e9:7.1f} GFLOP/s"
-              f"   plain / this {times['plain'] / step:.2f}   train.py / this {times['train.py'] / step:.2f}")
+        print(f"training    {name:13s} {1e3 * step:7.3f} ms/step {speed[name] / 1e9:7.1f} GFLOP/s "
+              f"{100 * speed[name] / top[name in in_bf16]:5.1f} % of the ceiling   plain / this "
+              f"{speed[name] / speed['plain']:.2f}   train.py / this {speed[name] / speed['train.py']:.2f}")
 
     n, steps = 10_000, 32
     for name, model, configs in ("train.py", ours, [config]), (stacked, many, members):
@@ -124,17 +137,13 @@ def points(args, device):
         draw = lambda: kind_points.draw(runs, steps, n, device=device)                # noqa: B023 - called in this turn
         draw()
         step = statistics.median(seconds(draw, device) for _ in range(3)) / steps / len(configs)
-        print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step "
-              f"{flop / 3 / args.batch_size * n / step / 1e9:7.1f} GFLOP/s   {n:,} points")
+        print(f"sampling    {name:13s} {1e3 * step:7.3f} ms/step {flop / 3e9 * n / step:7.1f} GFLOP/s   {n:,} points")
     evaluations(ours, config, n, steps, device)
     print_memory(device)
 
 
 def evaluations(model, config, n, steps, device):
-    """Each sampler, and the exact log-likelihood, beside as many evaluations of the network with nothing around them.
-
-    An evaluation of the likelihood has a forward pass and two backward passes to z, one a dimension, in float64.
-    """
+    """Each sampler, and the exact log-likelihood in float64, beside as many evaluations of the network alone."""
     one, times = opened(config, model.state_dict()), {}
     in_cache = stack.in_chunks(model, 1, 5000 if device.type == "cpu" else 2**20)
     z, t = torch.randn(n, 2, device=device), torch.full((n,), 0.5, device=device)
@@ -163,9 +172,26 @@ def evaluations(model, config, n, steps, device):
           f"{times['network alone'] * count / whole:.2f}   {n:,} points, {count} evaluations, {whole:.1f} s")
 
 
+def optimum(args, device):
+    """When the test loss of a network is within 1 % of the best possible, by each recipe."""
+    print(f"torch {torch.__version__}, {run.device_name(device)}, {args.target} with mse, the rings")
+    first = None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in {"thesis": [], "bf16": FAST[-2:], "fast": [*FAST, "--epochs", str(FAST_EPOCHS)]}.items():
+            train.main(["--target", args.target, "--loss", "mse", *options, "--out", f"{folder}/{name}", "--device",
+                        args.device])
+            history = run.open(f"{folder}/{name}/rings-{args.target}-mse-s0").history
+            reached = next((entry for entry in history if entry["test_loss"] <= 1.01 * entry["optimum"]),
+                           {"seconds": math.nan, "epoch": math.nan})
+            first = first or reached["seconds"]
+            print(f"optimum     {name:13s} {reached['seconds']:7.1f} s, epoch {reached['epoch']} of {len(history)}   "
+                  f"thesis / this {first / reached['seconds']:.2f}   at the end "
+                  f"{history[-1]['test_loss'] / history[-1]['optimum']:.4f} of the best possible")
+
+
 def print_memory(device):
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
     print(f"memory      {peak / 2**20:.0f} MiB at the peak")
 
 
@@ -187,8 +213,8 @@ def peers(channels, multiples, layers):
         print("diffusers is not installed: pip install diffusers")
     try:
         from denoising_diffusion_pytorch import Unet
-        networks["denoising-diffusion-pytorch"] = Unet(channels, dim_mults=multiples,
-                                                       full_attn=[i == 1 for i in range(len(multiples))])
+        attends = [i == 1 for i in range(len(multiples))]
+        networks["denoising-diffusion-pytorch"] = Unet(channels, dim_mults=multiples, full_attn=attends)
     except ImportError:
         print("denoising-diffusion-pytorch is not installed: pip install denoising-diffusion-pytorch")
     return networks
@@ -197,8 +223,7 @@ def peers(channels, multiples, layers):
 def ceiling(device, dtype):
     """FLOP/s of a large product of matrices."""
     n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    repeat = lambda: [a @ a for _ in range(5)]
+    a, repeat = torch.randn(n, n, device=device, dtype=dtype), lambda: [a @ a for _ in range(5)]
     repeat()
     return 5 * 2 * n**3 / statistics.median(seconds(repeat, device) for _ in range(5))
 
@@ -257,7 +282,7 @@ def images(args, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["points", "unet"], default="points", help="(points)")
+    parser.add_argument("what", nargs="?", choices=["points", "optimum", "unet"], default="points", help="(points)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="(auto: cuda or cpu)")
     parser.add_argument("--batch-size", type=settings.number(int, 1, kind_points.POINTS),
                         help="(points: 512; images: 16 on a CPU, else 128)")
@@ -268,7 +293,7 @@ def main(argv=None):
                         help="of the UNets' first block (128)")
     parser.add_argument("--rounds", type=settings.number(int, 1), default=7, help="epochs or steps of each (7)")
     args = parser.parse_args(argv)
-    (points if args.what == "points" else images)(args, run.device(args.device))
+    {"points": points, "optimum": optimum, "unet": images}[args.what](args, run.device(args.device))
 
 
 if __name__ == "__main__":

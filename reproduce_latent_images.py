@@ -1,8 +1,8 @@
 """Diffusion of images in pixels and in latents, as many minutes each (slides; Rombach et al. 2022).
 
-Part of `reproduce_slides.py`, which says what the functions are. Read `latent.py` first.
+Part of `reproduce_slides.py`, which says what the functions are. Read `latent.py` and `classifier.py` first.
 
-Not here: how good the samples are (`sample.py --metrics` says it of any run).
+Not here: other targets and losses; `train.py --data` takes the folder of an autoencoder's run.
 """
 import math
 import statistics
@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 
+import classifier
 import draw_images
 import images
 import kind_images
 import latent
 import latent_data
+import reproduce_poster_images
 import run
 import train
 import unet
+from checkpoints import once
 from study import rows
 
 SPACES = "pixels", "latents"
@@ -60,27 +63,39 @@ def seconds_of_a_step(runs, device, repeats=REPEATS):
     return {space: statistics.median(seconds[1:]) for space, seconds in spent.items()}
 
 
+def frechet(one, n, device, model, real):
+    """{"frechet": the distance of n samples of a Run to the test split, in the features of a classifier}."""
+    x, _ = reproduce_poster_images.draw(one, None, n, reproduce_poster_images.STEPS, device)
+    return {"frechet": classifier.distances(classifier.seen(model, x), real()[0])["frechet"]}
+
+
 def table(study):
-    """What a step of training costs in pixels and in latents, and what the autoencoder loses."""
+    """What a step of training costs in pixels and in latents, how good samples are, and what the autoencoder loses."""
     runs, args, lines = trained(study), study.args, []
-    seconds = seconds_of_a_step(runs, study.device)
+    seconds, n = seconds_of_a_step(runs, study.device), args.num_samples
+    model, facts, real = reproduce_poster_images.judge(study, runs["pixels"].config)
     for space, one in runs.items():
         with torch.device("meta"):
             flop = unet.flop(kind_images.build_model(one.config), one.config["shape"])
         lines.append([space, " x ".join(map(str, one.config["shape"])), f"{flop / 1e9:.3f}",
                       f"{seconds[space]:.4f}", f"{seconds['pixels'] / seconds[space]:.1f}",
-                      f"{one.checkpoint['step']:,}"])
+                      f"{one.checkpoint['step']:,}", "{frechet:.1f}".format(**once(
+                          one, f"frechet-{n}-{facts['digest'][:8]}", frechet, n, study.device, model, real))])
     found, test = latent_data.of_run(one.config), kind_images.load(runs["pixels"].config, "test", args.data_dir)
-    _, error = latent.reconstructions(found["autoencoder"], test)
+    x_hat, error = latent.reconstructions(found["autoencoder"], test)
+    of_x_hat, of_train = (classifier.distances(seen, real()[0])["frechet"]
+                          for seen in (classifier.seen(model, x_hat), real()[1]))
     weights = [sum(p.numel() for p in model.parameters())
                for model in (found["autoencoder"], *map(kind_images.build_model, (runs["pixels"].config, one.config)))]
-    return rows(["space", "numbers", "GFLOP an evaluation", "s a step", "pixels' over it", "steps of training"],
-                lines) + [
+    return rows(["space", "numbers", "GFLOP an evaluation", "s a step", "pixels' over it", "steps of training",
+                 "Frechet"], lines) + [
         f"{args.data}, v with `mse`, {one.config['batch_size']} images a step, networks of {weights[1]:,} and "
         f"{weights[2]:,} parameters, {2 * args.budget / 5:g} minutes of training each. A step is measured in turn, "
         f"median of {REPEATS}. Autoencoder: {weights[0]:,} parameters, {found['step']:,} steps, noise "
         f"{found['config']['noise']:g}, mean squared error of {len(test):,} test images {error:.5f} in [-1, 1], PSNR "
-        f"{10 * math.log10(4 / error):.1f} dB."]
+        f"{10 * math.log10(4 / error):.1f} dB. Frechet distance: {n:,} samples, {reproduce_poster_images.STEPS} "
+        f"ancestral steps, against the test split, features of the classifier {facts['digest'][:12]}; of the "
+        f"reconstructed test split {of_x_hat:.1f}, of {n:,} images of the train split {of_train:.2f}."]
 
 
 def fig_samples(study, path):

@@ -92,15 +92,22 @@ def bits(one, data_dir):
     return {"bits": [values.mean().item(), values.std().item() / len(values)**0.5]}
 
 
-@functools.cache
-def measured(study, steps):
-    """(Runs, {(system, w, seed): numbers}, numbers of the floor, what is known of the classifier)."""
-    args, runs, found = study.args, trained(study), {}
-    path, config = Path(args.runs) / f"classifier-{Path(args.data).resolve().name}.pt", runs["x, mse", 0].config
+def judge(study, config):
+    """The classifier of a study's images, trained where it is missing; what is known of it; () -> what it has `seen`.
+
+    That are the test split and, for the floor, as many images of the train split as there are samples.
+    """
+    args, path = study.args, Path(study.args.runs) / f"classifier-{Path(study.args.data).resolve().name}.pt"
     if not path.exists():
         classifier.main(["--data", args.data, "--data-dir", args.data_dir, "--device", args.device, "--out", str(path)])
     model, facts = classifier.of_run(path, config, study.device)
-    real = functools.cache(lambda: classifier.real(model, config, args.num_samples, args.data_dir))
+    return model, facts, functools.cache(lambda: classifier.real(model, config, args.num_samples, args.data_dir))
+
+
+def measured(study, steps):
+    """(Runs, {(system, w, seed): numbers}, numbers of the floor, what is known of the classifier)."""
+    args, runs, found = study.args, trained(study), {}
+    model, facts, real = judge(study, runs["x, mse", 0].config)
     for seed in range(args.seeds):
         for name, w, *_ in ROWS:
             file = f"poster-{steps}-{args.num_samples}-{w}-{facts['digest'][:8]}"
