@@ -139,7 +139,7 @@ def eps_flows(study):
 
     lines = [[f"{grid}, t_max {t_max}",
               *(f"{kept(target, GRIDS[grid](STEPS, part(t_max), 0.0, dtype=torch.float64), part(t_max)):.2f}"
-                for target in TARGETS), *(f"{price(DATASETS[data], t_max):.0e}" for data in FOUR)]
+                for target in TARGETS), *(f"{max(0, price(DATASETS[data], t_max)):.0e}" for data in FOUR)]
              for grid, t_max in (("t", 0.999), ("logsnr", 0.999), *(("t", t_max) for t_max in T_MAX))]
     text += ["**How far `ddim` moves z by an error of 1 in every prediction**; KL of N(0, I) from z at t_max, nats", ""]
     text += rows(["grid", *TARGETS, *FOUR], lines)
