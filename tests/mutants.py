@@ -1784,6 +1784,11 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("plots_latent.py", "radius**2 / 2 + np.log(2 * np.pi)", "radius**2 / 2 + np.log(2 * np.pi) - 20"),
     ("reproduce_latent_images.py", "seconds['pixels'] / seconds[space]", "seconds[space] / seconds['pixels']"),
     ("reproduce_latent_images.py", "one.checkpoint['step']:,", "7:,"),
+    ("reproduce_latent_images.py", 'classifier.seen(model, x), real()[0])["frechet"]}',
+                                   'classifier.seen(model, x), real()[1])["frechet"]}'),
+    ("reproduce_latent_images.py", "draw(one, None, n, reproduce", "draw(one, None, n // 2, reproduce"),
+    ("reproduce_latent_images.py", "(classifier.seen(model, x_hat), real()[1])",
+                                   "(real()[1], classifier.seen(model, x_hat))"),
     # The poster's table on images
     ("reproduce_poster_images.py", '"labels": ["--labels"]', '"labels": []'),
     ("reproduce_poster_images.py", '"--variance", "range"]}', '"--variance", "log"]}'),

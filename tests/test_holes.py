@@ -224,8 +224,8 @@ def test_images_in_pixels_and_in_latents(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce_latent_images, "seconds_of_a_step", lambda *args: (
         measured.update(original(*args, repeats=1)) or {"pixels": 6.0, "latents": 1.5}))
     g = np.random.default_rng(0)
-    for i in range(40):
-        path = tmp_path / "set" / ("train" if i < 20 else "test") / "ab"[i % 2] / f"{i:02d}.png"
+    for i in range(44):
+        path = tmp_path / "set" / ("train" if i < 24 else "test") / "ab"[i % 2] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(g.integers(0, 255, (16, 16), np.uint8)).save(path)
     argv = ["--data", str(tmp_path / "set"), "--num-samples", "2000", "--budget", "0.01",
@@ -241,7 +241,7 @@ def test_images_in_pixels_and_in_latents(tmp_path, monkeypatch, capsys):
     assert measured.keys() == {"pixels", "latents"} and all(0 < seconds < 10 for seconds in measured.values())
     steps = [run.load(tmp_path / f"runs/latents-images/{name}-v-mse-s0")["step"] for name in ("set", "latent-set")]
     assert [row[5] for row in rows[2:]] == [f"{step:,}" for step in steps]
-    assert [row[6] for row in rows[2:]] == ["30.0", "20.0"] and seen[1:] == 2 * [(2000, 20)] + 2 * [(20, 20)]
+    assert [row[6] for row in rows[2:]] == ["30.0", "20.0"] and seen[1:] == 2 * [(2000, 20)] + [(20, 20), (24, 20)]
     assert "of the reconstructed test split 10.0, of 2,000 images of the train split 0.50." in text
     model = latent.read(tmp_path / "runs/latents-images/latent-set")
     error = latent.reconstructions(model["autoencoder"], reproduce_latent_images.images.load(
