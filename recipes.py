@@ -48,6 +48,7 @@ RECIPES = {
     "spaces": ([], ["rescaled", "simple", "v_space", "u_space", "s_space"]),
     "embedded": (["--width", "256", "--stack", "3"], ["rescaled", "simple", "v_space"]),
     "weightings": ([], ["nelbo", "sigmoid", "min_snr", "p2", "edm", "edm_monotonic"]),
+    "side-by-side": (THESIS, ["mse", "nelbo_stable"]),     # as stabilised, trained again for times under one load
     **{f"sweep-{name}": ([*THESIS, *options], ["mse", "nelbo_stable"]) for name, (_, options) in SWEEP.items()},
     # Poster: guidance
     "labels": (["--labels"], ["mse"]),

@@ -20,8 +20,8 @@ def both(study):
     """{"thesis", "fast": Runs of all sets}: 32 networks a seed each."""
     found = {"thesis": {}, "fast": {}}
     for data in FOUR:
-        found["thesis"] |= study.trained("stabilised", data=[data], fast=False)
-        found["fast"] |= study.trained("stabilised", data=[data], epochs=FAST_EPOCHS, fast=True)
+        found["thesis"] |= study.trained("side-by-side", data=[data], fast=False)
+        found["fast"] |= study.trained("side-by-side", data=[data], epochs=FAST_EPOCHS, fast=True)
     return found
 
 
@@ -74,7 +74,7 @@ def fast(study):
 def sweep(study):
     """Distance from the optimum and time of the trainings `recipes.SWEEP`, over those of the thesis's recipe."""
     data, seeds, lines = SWEPT["data"], range(study.args.seeds), []
-    found = {"thesis": (study.args.epochs, [], study.trained("stabilised", **SWEPT, fast=False))}
+    found = {"thesis": (study.args.epochs, [], study.trained("side-by-side", **SWEPT, fast=False))}
     for name, (epochs, options) in SWEEP.items():
         epochs = max(1, epochs * study.args.epochs // 100)
         found[name] = epochs, options, study.trained(f"sweep-{name}", **SWEPT, epochs=epochs, fast=False)

@@ -60,13 +60,13 @@ def test_distances_and_times_are_those_of_the_runs(study):
             row = []
             for loss in "mse", "nelbo_stable":
                 means = {}
-                for recipe in "stabilised-2-epochs", "stabilised-fast-1-epochs":
+                for recipe in "side-by-side-2-epochs", "side-by-side-fast-1-epochs":
                     last = histories(folder, recipe, data, target, loss)
                     gaps = [h["test_loss"] - h["optimum"] for h in last]
                     row.append(expected_cell([1000 * gap for gap in gaps]))
                     means[recipe] = sum(gaps) / 2
                     seconds[recipe] = seconds.get(recipe, 0.0) + sum(h["seconds"] for h in last)
-                ratios.append(means["stabilised-fast-1-epochs"] / means["stabilised-2-epochs"])
+                ratios.append(means["side-by-side-fast-1-epochs"] / means["side-by-side-2-epochs"])
             assert cells[f"{data}, {target}"] == row
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     slow, quick = seconds.values()
@@ -80,7 +80,7 @@ def test_what_it_does_to_v(study):
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     of = {line[0]: line[1:] for line in lines if line[0].endswith((", thesis", ", fast"))}
     assert [*of] == ["clusters, thesis", "clusters, fast", "unequal, thesis", "unequal, fast"]
-    for name, recipe in ("unequal, thesis", "stabilised-2-epochs"), ("unequal, fast", "stabilised-fast-1-epochs"):
+    for name, recipe in ("unequal, thesis", "side-by-side-2-epochs"), ("unequal, fast", "side-by-side-fast-1-epochs"):
         folders = [folder / "runs" / recipe / f"unequal-v-mse-s{seed}" for seed in (0, 1)]
         read = lambda file: [json.loads((one / file).read_text()) for one in folders]                   # noqa: B023
         samples = read("steps-6-2000-dpmpp-logsnr/metrics.json")
@@ -93,7 +93,7 @@ def test_what_it_does_to_v(study):
 def test_the_fast_recipe_is_muon_in_bf16_with_larger_batches(study):
     folder, *_ = study
     slow, fast = (run.open(folder / "runs" / recipe / "clusters-v-mse-s0").config
-                  for recipe in ("stabilised-2-epochs", "stabilised-fast-1-epochs"))
+                  for recipe in ("side-by-side-2-epochs", "side-by-side-fast-1-epochs"))
     changed = {key: value for key, value in fast.items() if slow[key] != value}
     assert changed == dict(optimizer="muon", precision="bf16", batch_size=1024, epochs=1)
 
@@ -103,7 +103,7 @@ def test_the_sweep_is_of_the_runs_beside_the_first_row(study):
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     titles = ["Adam", "Adam lr 2e-3 ema 0.999", "Adam lr 2e-3 precision bf16"]
     assert [line[:2] for line in lines[2:]] == [[title, epochs] for title, epochs in zip(titles, "211")]
-    recipes = ["stabilised-2-epochs", "sweep-adam-ema-1-epochs", "sweep-adam-bf16-1-epochs"]
+    recipes = ["side-by-side-2-epochs", "sweep-adam-ema-1-epochs", "sweep-adam-bf16-1-epochs"]
     found = {(recipe, target, loss): histories(folder, recipe, "clusters", target, loss)
              for recipe in recipes for target in ("x", "eps") for loss in ("mse", "nelbo_stable")}
     far = {key: sum(h["test_loss"] - h["optimum"] for h in last) for key, last in found.items()}
