@@ -20,7 +20,7 @@ import run
 import tables
 import variance as variances
 from datasets2d import DATASETS, FOUR
-from decoders import gaussian, prior
+from decoders import gaussian, prior, reconstruction
 from study import CHAINS, Missing, cell, gaps, rows
 
 EPOCHS, DRAWS = 30, 200_000            # of training; of a term of the bound, for each network
@@ -58,8 +58,9 @@ def bound(model, x, *, chain, target, variance, data=None, decoder=gaussian, sta
     t, weight = losses.draw_step((draws,), chain, moments, generator)
     values = (chain.steps * weight * terms(chain.index(t))).double()
     ends = prior(x.double(), chain.schedule, t_min).mean().item()
-    if not chain.decodes:              # p(x | z_0), of a Gaussian its mean
-        ends += 0.5 * x[0].numel() * (1 + math.log(2 * math.pi) - chain.schedule.ends(t_min)[1])
+    if not chain.decodes:              # p(x | z_0)
+        eps = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        ends += reconstruction(x, eps, chain.schedule.ends(t_min)[1], decoder).double().mean().item()
     return ends + values.mean().item(), values.std().item() / draws**0.5
 
 
