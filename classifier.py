@@ -140,9 +140,9 @@ def show(result):
 
 # The file
 
-def place(data):
-    """Where the classifier of a dataset is unless it is told otherwise."""
-    return Path("runs", f"classifier-{Path(data).resolve().name}.pt")
+def place(data, folder="runs"):
+    """Where the classifier of a dataset is unless it is told otherwise; folder: that of the runs."""
+    return Path(folder, f"classifier-{Path(data).resolve().name}.pt")
 
 
 def of_run(path, config, device="cpu"):

@@ -97,7 +97,7 @@ def judge(study, config):
 
     That are the test split and, for the floor, as many images of the train split as there are samples.
     """
-    args, path = study.args, Path(study.args.runs) / f"classifier-{Path(study.args.data).resolve().name}.pt"
+    args, path = study.args, classifier.place(study.args.data, study.args.runs)
     if not path.exists():
         classifier.main(["--data", args.data, "--data-dir", args.data_dir, "--device", args.device, "--out", str(path)])
     model, facts = classifier.of_run(path, config, study.device)

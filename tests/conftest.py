@@ -3,7 +3,21 @@ import os
 
 import pytest
 
+import mlp
+
 os.environ["DIFFUSION_LOSSES_CACHE"] = ""
+
+
+class Narrow(mlp.MLP):
+    """The network for points, 3 layers of 8, whatever width a run asks for."""
+
+    def __init__(self, dim, width, **how):
+        super().__init__(dim, 8, layers=3, **how)
+
+
+def cells(lines):
+    """The rows of the tables in lines of Markdown, each a list of its cells."""
+    return [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
 @pytest.fixture

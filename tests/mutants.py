@@ -1801,6 +1801,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_poster_images.py", "torch.arange(n) % max", "torch.zeros(n).long() % max"),
     ("reproduce_poster_images.py", "part.to(device))", "0 * part.to(device))"),
     ("reproduce_poster_images.py", "guidance.guided(model, w)", "guidance.guided(model, 0)"),
+    ("reproduce_poster_images.py", 'device, one.config["seed"], "sample"', 'device, 0, "sample"'),
+    ("reproduce_poster_images.py", "real(model, config, args.num_samples", "real(model, config, 10"),
     ("reproduce_poster_images.py", '"sample", i)', '"sample", 0)'),
     ("reproduce_poster_images.py", '**{"variance": "range"} if learned else {}', '**{}'),
     ("reproduce_poster_images.py", "out=learned)", "out=False)"),

@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+from conftest import cells
 from test_reproduce import expected_cell
 from test_slides import CACHES
 
@@ -52,8 +53,8 @@ def histories(folder, recipe, *key):
 
 def test_distances_and_times_are_those_of_the_runs(study):
     folder, text, _ = study
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    cells = {line[0]: line[1:] for line in lines}
+    lines = cells(text.splitlines())
+    shown = {line[0]: line[1:] for line in lines}
     ratios, seconds = [], {}
     for data in SETS:
         for target in "x", "eps", "v", "s":
@@ -67,7 +68,7 @@ def test_distances_and_times_are_those_of_the_runs(study):
                     means[recipe] = sum(gaps) / 2
                     seconds[recipe] = seconds.get(recipe, 0.0) + sum(h["seconds"] for h in last)
                 ratios.append(means["side-by-side-fast-1-epochs"] / means["side-by-side-2-epochs"])
-            assert cells[f"{data}, {target}"] == row
+            assert shown[f"{data}, {target}"] == row
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     slow, quick = seconds.values()
     assert f"Of 16 test losses {sum(ratio <= 1 for ratio in ratios)} are no farther" in text
@@ -77,7 +78,7 @@ def test_distances_and_times_are_those_of_the_runs(study):
 
 def test_what_it_does_to_v(study):
     folder, text, _ = study
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    lines = cells(text.splitlines())
     of = {line[0]: line[1:] for line in lines if line[0].endswith((", thesis", ", fast"))}
     assert [*of] == ["clusters, thesis", "clusters, fast", "unequal, thesis", "unequal, fast"]
     for name, recipe in ("unequal, thesis", "side-by-side-2-epochs"), ("unequal, fast", "side-by-side-fast-1-epochs"):
@@ -100,7 +101,7 @@ def test_the_fast_recipe_is_muon_in_bf16_with_larger_batches(study):
 
 def test_the_sweep_is_of_the_runs_beside_the_first_row(study):
     folder, _, text = study
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    lines = cells(text.splitlines())
     titles = ["Adam", "Adam lr 2e-3 ema 0.999", "Adam lr 2e-3 precision bf16"]
     assert [line[:2] for line in lines[2:]] == [[title, epochs] for title, epochs in zip(titles, "211")]
     recipes = ["side-by-side-2-epochs", "sweep-adam-ema-1-epochs", "sweep-adam-bf16-1-epochs"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import cells
 
 import ddpm
 import decoders
@@ -58,7 +59,7 @@ def made(tmp_path_factory):
 
 def table(folder, name):
     text = (folder / "results/foundations" / f"{name}.md").read_text()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return cells(text.splitlines())
 
 
 def test_every_table_and_figure_is_there(made):

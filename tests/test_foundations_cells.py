@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import cells
 from torch.testing import assert_close
 
 import ddpm
@@ -76,10 +77,6 @@ def cell(a, b):
 
 def three_digits(a, b):
     return f"{(a + b) / 2:.3g} +- {abs(a - b) / 2**0.5:.2g}"
-
-
-def cells(lines):
-    return [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
 @pytest.fixture

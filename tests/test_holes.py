@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import Narrow, cells
 from PIL import Image
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.testing import assert_close
@@ -14,7 +15,6 @@ import classifier
 import embedded
 import kind_points
 import latent
-import mlp
 import optimum
 import plots
 import plots_latent
@@ -135,9 +135,6 @@ def made(tmp_path_factory):
     clear = lambda: [cache.cache_clear() for cache in caches]
     clear()
 
-    class Narrow(mlp.MLP):
-        def __init__(self, dim, width, **how):
-            super().__init__(dim, 8, layers=3, **how)
     for owner, name, value in [
             (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
             (plots, "DPI", 30), (reproduce_latent, "POINTS", 3000), (reproduce_latent, "MIXED", 300),
@@ -157,7 +154,7 @@ def made(tmp_path_factory):
 
 def table(folder, name):
     text = (folder / "results/slides" / f"{name}.md").read_text()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return cells(text.splitlines())
 
 
 def test_tables_have_the_numbers_of_the_runs_and_again_from_them(made, monkeypatch):
@@ -234,7 +231,7 @@ def test_images_in_pixels_and_in_latents(tmp_path, monkeypatch, capsys):
     for name in reproduce_latent_images.RESULTS:
         reproduce.main([name, *argv])
     text = (tmp_path / "slides/latents.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = cells(text.splitlines())
     assert [row[:2] for row in rows[2:]] == [["pixels", "1 x 16 x 16"], ["latents", "3 x 4 x 4"]]
     assert rows[2][4] == "1.0" and float(rows[2][2]) > 5 * float(rows[3][2])
     assert [row[3:5] for row in rows[2:]] == [["6.0000", "1.0"], ["1.5000", "4.0"]]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_foundations_cells import cells
+from conftest import cells
 from torch.testing import assert_close
 
 import classifier
@@ -55,6 +55,8 @@ def test_samples_are_those_of_the_network(tmp_path):
     assert x.shape == (250, 1, 4, 4) and len(label) == 250
     assert x.mean() == pytest.approx(0.3, abs=0.015) and x.std() == pytest.approx(0.2, abs=0.015)
     assert torch.cdist(x.flatten(1), x.flatten(1)).add(torch.eye(250)).min() > 1e-3
+    one, other = (poster.draw(run_of(tmp_path, seed=seed), None, 2, 4, torch.device("cpu"))[0] for seed in (0, 1))
+    assert not torch.equal(one, other)                      # noise is of the run's seed
 
 
 def test_guided_samples_have_their_labels_and_w(tmp_path):
@@ -148,7 +150,8 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(poster, "trained", lambda study: runs)
     monkeypatch.setattr(classifier, "of_run", lambda path, config, device: (
         "model", dict(accuracy=0.75, digest="abc" * 9)))
-    monkeypatch.setattr(classifier, "real", lambda *how: ("test", "train"))
+    monkeypatch.setattr(classifier, "real", lambda model, config, n, data_dir: ("test", "train") if (
+        model, config["data"], n, data_dir) == ("model", "set", 2000, "d") else pytest.fail("other images"))
     monkeypatch.setattr(classifier, "distances", lambda x, y: dict.fromkeys(poster.COLUMNS, 0.125) if (x, y) == (
         "train", "test") else {})
 

@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_foundations_cells import cells
+from conftest import Narrow, cells
 from torch.testing import assert_close
 
 import adaptive
 import kind_points
 import losses
-import mlp
 import optimum
 import plots
 import plots_weightings
@@ -57,9 +56,6 @@ def made(tmp_path_factory):
     clear = lambda: [cache.cache_clear() for cache in CACHES]
     clear()
 
-    class Narrow(mlp.MLP):
-        def __init__(self, dim, width, **how):
-            super().__init__(dim, 8, layers=3, **how)
     original = plots_weightings.panels
     for owner, name, value in [
             (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),

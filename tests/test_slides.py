@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Narrow, cells
 from torch.testing import assert_close
 
 import ddpm
 import discrete
 import kind_points
-import mlp
 import optimum
 import plots
 import reproduce
@@ -202,9 +202,6 @@ def made(tmp_path_factory):
     clear = lambda: [cache.cache_clear() for cache in CACHES]
     clear()
 
-    class Narrow(mlp.MLP):
-        def __init__(self, dim, width, **how):
-            super().__init__(dim, 8, layers=3, **how)
     for owner, name, value in [
             (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
             (plots, "DPI", 30), (reproduce_energies, "ODE_STEPS", 2), (reproduce_energies, "FLOW_POINTS", 20),
@@ -238,7 +235,7 @@ def made(tmp_path_factory):
 
 def table(folder, name):
     text = (folder / "results/slides" / f"{name}.md").read_text()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return cells(text.splitlines())
 
 
 def test_every_table_and_figure_is_there(made):

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Narrow
 from torch.testing import assert_close
 
 import draw_images
 import embedded
 import images
 import kind_points
-import mlp
 import optimum
 import plots
 import reproduce
@@ -179,9 +179,6 @@ def made(tmp_path_factory):
     clear = lambda: [cache.cache_clear() for cache in CACHES]
     clear()
 
-    class Narrow(mlp.MLP):
-        def __init__(self, dim, width, **how):
-            super().__init__(dim, 8, layers=3, **how)
     three = {name: reproduce_spaces.SPACES[name] for name in ("x", "eps", "v")}
     two = {name: three[name] for name in ("x", "v")}
     for owner, name, value in [
