@@ -7,6 +7,7 @@ Not here: the loop (`train_points.py`).
 import torch
 
 import adaptive
+import ddpm
 import kind_points
 import losses
 import optimum
@@ -14,6 +15,7 @@ import run
 import stack
 import variance as variances
 from guidance import dropped
+from stable_targets import given_batch
 
 
 def has_bound(configs):
@@ -53,7 +55,12 @@ def epoch(data, number, configs, moments=None, learners=None):
             x = x[order[:steps * batch_size]]                                               # (steps * batch_size, D)
             t, importance = (learners[m].draw((steps, batch_size), g) if learners else
                              adaptive.draw((steps, batch_size), config, moments[m] if moments else None, g))
-            draws[key] = x, t.flatten(), torch.randn(x.shape, generator=g, device=device), importance.flatten()
+            t, eps = t.flatten(), torch.randn(x.shape, generator=g, device=device)
+            if config.get("stable_targets"):
+                schedule = ddpm.fixed(config["schedule"])
+                x, eps = (torch.cat(of) for of in zip(*(
+                    given_batch(*batch, schedule) for batch in zip(*(c.split(batch_size) for c in (x, t, eps))))))
+            draws[key] = x, t, eps, importance.flatten()
     made = []
     for key, config in zip(times, configs):
         x, t, eps, importance = draws[key]

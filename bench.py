@@ -37,7 +37,7 @@ import train
 import train_points
 import unet
 from datasets2d import DATASETS
-from recipes import FAST, FAST_EPOCHS
+from recipes import FAST, FAST_EPOCHS, MUON
 from targets import OF_A_STEP, TARGETS
 
 
@@ -177,7 +177,7 @@ def optimum(args, device):
     print(f"torch {torch.__version__}, {run.device_name(device)}, {args.target} with mse, the rings")
     first = None
     with tempfile.TemporaryDirectory() as folder:
-        for name, options in {"thesis": [], "bf16": FAST[-2:], "fast": [*FAST, "--epochs", str(FAST_EPOCHS)]}.items():
+        for name, options in {"thesis": [], "bf16": MUON[-2:], "fast": [*FAST, "--epochs", str(FAST_EPOCHS)]}.items():
             train.main(["--target", args.target, "--loss", "mse", *options, "--out", f"{folder}/{name}", "--device",
                         args.device])
             history = run.open(f"{folder}/{name}/rings-{args.target}-mse-s0").history

@@ -79,6 +79,10 @@ def conflict(config):
             return f"--labels: {without[0]} has none - leave it out"
         if config["timesteps"] or config.get("energy") or config.get("sigma") is not None:
             return "--labels is for networks of continuous time, not for chains, energies or scores without t"
+    if config.get("stable_targets") and (config["timesteps"] or config["schedule"] == "learned" or config.get("labels")
+                                         or config.get("sigma") is not None):
+        return ("--stable-targets is for networks of continuous time without labels or a learned schedule - leave it "
+                "out")
     if config.get("energy") and (config["target"] not in energy.TARGETS or learned):
         return ("--energy has a gradient alone: it is for --target "
                 f"{' or '.join(energy.TARGETS)}, and no learned variance - take --target s")

@@ -4,7 +4,8 @@ Not here: the tables and figures of each (`reproduce.py`).
 """
 import ddpm
 
-FAST, FAST_EPOCHS = ["--optimizer", "muon", "--batch-size", "1024", "--precision", "bf16"], 30       # with any of these
+MUON = ["--optimizer", "muon", "--precision", "bf16"]
+FAST, FAST_EPOCHS = [*MUON, "--stable-targets", "--t-density", "loss_aware"], 15
 # What `fast` was chosen from, each with the thesis's t and stabiliser: epochs, options
 SWEEP = {
     "adam":      (25, []),
@@ -15,8 +16,12 @@ SWEEP = {
     "adam-bf16": (50, ["--lr", "2e-3", "--precision", "bf16"]),
     "muon":      (15, ["--optimizer", "muon"]),
     "muon-1024": (15, ["--optimizer", "muon", "--batch-size", "1024"]),
-    "muon-ema":  (30, [*FAST, "--ema", "0.999"]),
-    "muon-bf16": (FAST_EPOCHS, FAST),
+    "muon-ema":  (30, [*MUON, "--batch-size", "1024", "--ema", "0.999"]),
+    "muon-bf16": (30, [*MUON, "--batch-size", "1024"]),
+    "adam-stable":  (25, ["--lr", "2e-3", "--stable-targets"]),
+    "muon-aware":   (15, [*MUON, "--t-density", "loss_aware"]),
+    "muon-stable":  (15, [*MUON, "--stable-targets"]),
+    "fast":         (FAST_EPOCHS, FAST),
 }
 THESIS = ["--t-min", "1e-6", "--stabiliser", "0.01"]
 CHAIN, CHAINS = ["--schedule", "ddpm", "--timesteps", "1000"], [10, 30, 100, 1000]
@@ -53,3 +58,8 @@ RECIPES = {
     # Poster: guidance
     "labels": (["--labels"], ["mse"]),
 }
+
+
+def fast(options):
+    """Options of the fast recipe and, over them, a recipe's own; stable targets where `conflicts.py` allows them."""
+    return (MUON if {"--timesteps", "--labels", "--sigma", "learned"} & {*options} else FAST) + options

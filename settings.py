@@ -73,6 +73,9 @@ SETTINGS = [
             argument=dict(type=number(float, 1e-12, 10**6))),
     Setting("optimizer", "adam, or muon, which makes the momentum of the inner weights orthogonal, see muon.py", "adam",
             argument=dict(choices=("adam", "muon"))),
+    Setting("stable_targets", "x and eps are replaced by their means given z and the points of the batch: the same "
+            "optimum, targets of less variance, see stable_targets.py", False,
+            argument=dict(action=argparse.BooleanOptionalAction)),
     Setting("ema", "decay of the averaged weights, which are tested and sampled; 0, on points: none", 0.0, 0.9999,
             argument=dict(type=number(float, 0, 0.999999))),
     Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1, 10_000))),

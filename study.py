@@ -28,7 +28,8 @@ import targets
 import train
 from checkpoints import once, outdated
 from datasets2d import DATASETS, FOUR
-from recipes import CHAINS, FAST, RECIPES  # noqa: F401 - of the tables
+from recipes import CHAINS, RECIPES  # noqa: F401 - of the tables
+from recipes import fast as fast_options
 
 TARGETS = ["x", "eps", "v", "s"]
 STEPS = [2, 4, 8, 16, 32, 64, 128, 256, 512]      # of samplers
@@ -87,12 +88,12 @@ class Study:
     def trained(self, recipe, chosen=None, data=FOUR, target=TARGETS, epochs=None, fast=None):
         """Train what is missing of a recipe's losses, or the chosen ones -> {(data, target, loss, seed): Run}.
 
-        fast: with the options of `recipes.FAST`; None: if --recipe says so.
+        fast: with the options of `recipes.fast`; None: if --recipe says so.
         """
         (options, names), args = RECIPES[recipe], self.args
         epochs = epochs or args.epochs
         if args.recipe == "fast" if fast is None else fast:
-            options, recipe = options + FAST, f"{recipe}-fast"
+            options, recipe = fast_options(options), f"{recipe}-fast"
         root = Path(args.runs) / f"{recipe}-{epochs}-epochs"
         argv = ["--data", *data, "--target", *target, "--loss", *(chosen or names), *options,
                 "--seeds", str(args.seeds), "--epochs", str(epochs), "--out", str(root),

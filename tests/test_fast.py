@@ -91,12 +91,13 @@ def test_what_it_does_to_v(study):
         assert of[name][4] == expected_cell([found["log_density"] - found["log_density_data"] for found in samples])
 
 
-def test_the_fast_recipe_is_muon_in_bf16_with_larger_batches(study):
+def test_the_fast_recipe_is_muon_in_bf16_with_stable_targets(study):
     folder, *_ = study
     slow, fast = (run.open(folder / "runs" / recipe / "clusters-v-mse-s0").config
                   for recipe in ("side-by-side-2-epochs", "side-by-side-fast-1-epochs"))
     changed = {key: value for key, value in fast.items() if slow[key] != value}
-    assert changed == dict(optimizer="muon", precision="bf16", batch_size=1024, epochs=1)
+    assert changed == dict(optimizer="muon", precision="bf16", epochs=1, stable_targets=True,
+                           t_density="loss_aware")
 
 
 def test_the_sweep_is_of_the_runs_beside_the_first_row(study):
@@ -121,7 +122,7 @@ def test_the_sweep_is_of_the_runs_beside_the_first_row(study):
 def test_recipe_fast_of_any_result():
     """Fewer epochs unless they are said, and never into the results of the thesis's recipe."""
     fast = reproduce.parse(["table4.1", "--recipe", "fast"])
-    assert (fast.epochs, fast.out) == (30, "runs/results")
+    assert (fast.epochs, fast.out) == (15, "runs/results")
     assert reproduce.parse(["table4.1"]).epochs == 100 and reproduce.parse(["table4.1"]).out == "results"
     assert reproduce.parse(["table4.1", "--recipe", "fast", "--epochs", "7"]).epochs == 7
     study = reproduce.Study(fast)

@@ -69,7 +69,7 @@ def test_settings_of_the_other_kind_are_refused(capsys):
     for row in settings.SETTINGS:
         value = {"preset": ["thesis"], "skip_corrupt": [], "compile": [], "flip": [],
                  "dropout": ["0.5"], "energy": [], "activation": ["silu"],
-                 "labels": [], "optimizer": ["muon"]}.get(row.name, ["8"])
+                 "labels": [], "stable_targets": [], "optimizer": ["muon"]}.get(row.name, ["8"])
         option = f"--{row.name.replace('_', '-')}"
         if row.points is settings.ABSENT:
             exits_with_2([option, *value], f"{option} is a setting of images, not of points", capsys)
@@ -85,7 +85,7 @@ def test_a_config_has_the_settings_that_change_a_run():
     points, = settings.configs(train.parse([]))
     assert points.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser", "epochs",
                              "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight", "sigma", "energy",
-                             "activation", "labels", "ema", "optimizer", "precision"}
+                             "activation", "labels", "ema", "optimizer", "precision", "stable_targets"}
     images, = settings.configs(train.parse(["--data", "cifar10"]), shape=[3, 32, 32], flip=True, precision="bf16")
     assert images.keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                              "batch_size", "lr", "image_size", "skip_corrupt", "ema", "warmup", "clip_norm",
