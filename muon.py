@@ -2,12 +2,12 @@ r"""Muon: momentum made orthogonal, for the inner weights of the network (Jordan
 
 Read `adam.py` and `train_points.py` first. The momentum M = U S V' of a weight matrix has a few large singular values
 and many small ones, so a step along it changes little but the first. Muon steps along U V' instead, with which all
-directions count alike. No singular values are computed: with x = M / |M| five times
+directions count alike. No singular values are computed: with x = M / |M| three times
 
     x <- a x + (b A + c A A) x,      A = x x'
 
 which is a polynomial of each singular value that brings it near 1. First and last layer and the biases are
-Adam's. Steps are dearer by these 15 products of weights, in bfloat16 where the processor has it, and fewer are needed.
+Adam's. Steps are dearer by these 9 products of weights, in bfloat16 where the processor has it, and fewer are needed.
 
 Not here: how many fewer (`reproduce_fast.py`).
 
@@ -17,7 +17,7 @@ import torch
 
 from adam import Adam
 
-COEFFICIENTS, ROUNDS = (3.4445, -4.7750, 2.0315), 5
+COEFFICIENTS, ROUNDS = (3.4445, -4.7750, 2.0315), 3                 # Jordan et al.: 5
 MOMENTUM, RATIO = 0.95, 20.0           # RATIO: a step of Muon for the learning rate 1 of Adam
 
 
@@ -27,7 +27,7 @@ def precision(device):
 
 
 def orthogonal(m, dtype=None):
-    """U V' of matrices (..., n, n) with singular values within 0.3 of 1, but for those below 1e-3 of their norm."""
+    """U V' of matrices (..., n, n), with singular values within 0.33 of 1 where those of M are above 0.02 |M|."""
     a, b, c = COEFFICIENTS
     x = (m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-12)).to(dtype)
     for _ in range(ROUNDS):

@@ -1583,7 +1583,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_few_images.py", "draw(one, sampler, grid, n))", "draw(one, sampler, grid, 8))"),
     ("reproduce_few_images.py", "sampler=sampler, grid=grid)", "sampler=sampler)"),
     # Muon
-    ("muon.py", "(3.4445, -4.7750, 2.0315), 5", "(3.4445, -4.7750, 2.0315), 4"),
+    ("muon.py", "(3.4445, -4.7750, 2.0315), 3", "(3.4445, -4.7750, 2.0315), 4"),
     ("muon.py", "a * x + (b * A + c * A @ A) @ x", "a * x + (b * A - c * A @ A) @ x"),
     ("muon.py", "keepdim=True) + 1e-12)", "keepdim=True) + 1e-3)"),
     ("muon.py", "lerp_(gradient, 1 - MOMENTUM)", "lerp_(gradient, MOMENTUM)"),

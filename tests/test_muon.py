@@ -18,15 +18,16 @@ FAST = ["--data", "clusters", "--target", "x", "v", "--epochs", "2", "--batch-si
 
 
 def test_orthogonal_is_a_polynomial_of_the_singular_values():
-    """Five times 3.4445 s - 4.775 s^3 + 2.0315 s^5 of s over the norm of all, each matrix of a stack for itself."""
+    """Three times 3.4445 s - 4.775 s^3 + 2.0315 s^5 of s over the norm of all, each matrix of a stack for itself."""
     m = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     m[1] *= 1e-2
     U, s, V = torch.linalg.svd(m)
     s = s / s.square().sum(-1, keepdim=True).sqrt()
-    for _ in range(5):
+    large = s > 0.02
+    for _ in range(3):
         s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
     assert_close(muon.orthogonal(m), U @ torch.diag_embed(s) @ V, rtol=1e-6, atol=1e-9)
-    assert (s[0] > 0.6).all() and (s < 1.3).all()
+    assert ((s - 1).abs()[large] < 0.33).all() and (s < 1.3).all() and large.sum() > 30
     assert muon.orthogonal(torch.zeros(1, 4, 4)).abs().max() == 0             # a network that learns nothing yet
 
 
@@ -54,7 +55,7 @@ def test_a_step_is_torchs_muon_for_square_weights_and_adam_for_the_others():
             assert_close(p, q, rtol=0, atol=0)
             continue
         single = torch.nn.Parameter(start[0].detach().clone())
-        theirs_muon = torch.optim.Muon([single], lr=0.02, momentum=0.95, weight_decay=0.0)
+        theirs_muon = torch.optim.Muon([single], lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=3)
         for i, g in enumerate(of):
             theirs_muon.param_groups[0]["lr"] = 0.02 * (i + 1)
             single.grad = g[0].clone()
