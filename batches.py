@@ -15,7 +15,7 @@ import run
 import stack
 import variance as variances
 from guidance import dropped
-from stable_targets import given_batch
+from stable_targets import given_batches
 
 
 def has_bound(configs):
@@ -57,9 +57,7 @@ def epoch(data, number, configs, moments=None, learners=None):
                              adaptive.draw((steps, batch_size), config, moments[m] if moments else None, g))
             t, eps = t.flatten(), torch.randn(x.shape, generator=g, device=device)
             if config.get("stable_targets"):
-                schedule = ddpm.fixed(config["schedule"])
-                x, eps = (torch.cat(of) for of in zip(*(
-                    given_batch(*batch, schedule) for batch in zip(*(c.split(batch_size) for c in (x, t, eps))))))
+                x, eps = given_batches(x, t, eps, batch_size, ddpm.fixed(config["schedule"]))
             draws[key] = x, t, eps, importance.flatten()
     made = []
     for key, config in zip(times, configs):

@@ -55,11 +55,11 @@ def test_time_left_is_that_of_training_and_the_clock_that_of_the_process(clock, 
     assert [int(match[1]) for match in found] == [round(clock.now - began - 2 * i) for i in range(9, -1, -1)]
     assert lines[12].startswith(f"{clock.now - began:.0f} s in all; next: python ")
 
-    train.main([*WORDS, "10", "--seeds", "20", "--out", "many"])
+    train.main([*WORDS, "4", "--seeds", "20", "--out", "many"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     left = [int(re.search(r", (\d+) s left$", line)[1]) for line in lines]
-    assert left[0] == round(2 / 8 * (200 - 8)) and left[-1] == 0 and len(lines) < 20
-    assert sum(line.startswith("epoch  10") for line in lines) == 3
+    assert left[0] == round(2 / 8 * (80 - 8)) and left[-1] == 0 and len(lines) < 12
+    assert sum(line.startswith("epoch   4") for line in lines) == 3
 
 
 def test_several_runs_say_mean_and_range_of_their_losses(clock, capsys):
