@@ -82,7 +82,7 @@ def study(tmp_path_factory):
             drawn[arguments[which].stem] = arguments
             return original(*arguments)
         patch.setattr(plots, name, spy)
-    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "600",
+    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
                                         "--device", "cpu", "--runs", str(folder / "runs"),
                                         "--out", str(folder / "results")])
     patch.setattr(reproduce, "RESULTS", {name: row for name, row in reproduce.RESULTS.items()
@@ -114,7 +114,7 @@ def test_table_4_1_is_the_runs_own_numbers(study):
             for line in text.splitlines() if line.startswith("| ")]
     rows = [row for row in rows if row[0] in DATASETS]
     assert len(rows) == 64 and "of 32 test losses lie within 5 %" in text \
-        and "python reproduce.py table4.1 --seeds 2 --epochs 2 --num-samples 600" in text
+        and "python reproduce.py table4.1 --seeds 2 --epochs 2 --num-samples 2000" in text
     for k, loss in enumerate(["nelbo_stable", "mse"]):
         for row in rows[16 * k:16 * k + 16]:
             data, target = row[:2]
@@ -123,7 +123,7 @@ def test_table_4_1_is_the_runs_own_numbers(study):
             assert [row[2], row[5], row[8]] == [f"{value:.3f}" for value in thesis]
             assert row[3:5] == [expected_cell([h["test_loss"] for h in last]), f"{last[0]['optimum']:.3f}"]
             made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"{data}-{target}-{loss}-s{seed}"
-                                / "steps-16-600" / "metrics.json").read_text()) for seed in range(2)]
+                                / "steps-16-2000" / "metrics.json").read_text()) for seed in range(2)]
             assert row[6] == expected_cell([m["mean_distance"] for m in made])
             assert row[9] == expected_cell([m["covariance_distance"] for m in made])
             assert row[7] == "{mean:.3f} +- {std:.3f}".format(**made[0]["mean_distance_floor"])
@@ -194,7 +194,7 @@ def test_tables_and_curves_come_from_the_recorded_numbers_alone(study, tmp_path,
         raise AssertionError("a network was used")
     monkeypatch.setattr(run, "load", never), monkeypatch.setattr(run, "open", never), \
         monkeypatch.setattr(train_points, "train_stack", never)
-    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "600",
+    call = lambda name: reproduce.main([name, "--seeds", "2", "--epochs", "2", "--num-samples", "2000",
                                         "--device", "cpu", "--recorded", "--runs", str(tmp_path / "none"),
                                         "--out", str(tmp_path / "results")])
     for document, name in ("thesis", "table4.1"), ("beyond", "steps"), ("beyond", "likelihood"):
@@ -238,21 +238,21 @@ def test_nothing_is_done_twice_and_what_is_missing_is(study, monkeypatch, capsys
         call("table4.1"), call("fig4.12"), call("steps"), call("likelihood")
         assert (folder / "results/thesis/table4.1.md").read_text() == text
     made, judged = folder / "runs" / "stabilised-2-epochs" / "waves-v-mse-s1", []
-    before = (made / "steps-16-600" / "samples.npy").read_bytes()
+    before = (made / "steps-16-2000" / "samples.npy").read_bytes()
     os.utime(made / "ckpt.pt",
-             ((made / "steps-16-600" / "metrics.json").stat().st_mtime + 10,) * 2)                # trained again since
+             ((made / "steps-16-2000" / "metrics.json").stat().st_mtime + 10,) * 2)                # trained again since
     calls, original = [], kind_points.draw
     monkeypatch.setattr(kind_points, "draw", lambda runs, *rest, **how:
                         calls.append((len(runs.members), *rest[:3])) or original(runs, *rest, **how))
     call("fig4.12")
-    assert calls == [(1, 16, 600, 1)]
+    assert calls == [(1, 16, 2000, 1)]
     evaluate = likelihood.evaluate
     os.utime(made / "likelihood-500-4-3.json", (0, 0))
     monkeypatch.setattr(likelihood, "evaluate", lambda *args, **kw: judged.append(args) or evaluate(*args, **kw))
     call("likelihood")
     assert len(judged) == 1
     assert np.allclose(np.frombuffer(before[128:], np.float32),
-                       np.load(made / "steps-16-600" / "samples.npy").ravel(), atol=1e-3)
+                       np.load(made / "steps-16-2000" / "samples.npy").ravel(), atol=1e-3)
     (made / "ckpt.pt").unlink()
     with pytest.raises(AssertionError, match="done twice"):
         call("fig4.8")
@@ -270,7 +270,7 @@ def test_the_table_of_steps(study):
     rows = [line.split(" | ") for line in (folder / "results/beyond/steps.md").read_text().splitlines()
             if line.startswith("| ")]
     assert [row[0] for row in rows[:5]] == ["| steps", "| ---", "| 2", "| 16", "| floor"]
-    made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"rings-x-mse-s{seed}" / "steps-2-600"
+    made = [json.loads((folder / "runs" / "stabilised-2-epochs" / f"rings-x-mse-s{seed}" / "steps-2-2000"
                         / "metrics.json").read_text()) for seed in range(2)]
     assert rows[2][1] == expected_cell([m["covariance_distance"] for m in made])
     gaps = [m["log_density"] - m["log_density_data"] for m in made]
@@ -278,7 +278,7 @@ def test_the_table_of_steps(study):
     assert not rows[3][3].endswith("+- 0.000")                       # other noise for every seed
     exact = float(rows[3][3].split()[0]), float(rows[3][6].split()[0])
     assert 0.08 < exact[0] < 0.2 and 0.1 < exact[1] < 0.25               # the exact denoiser at 16 steps
-    samples = [samplers.sample(DATASETS["rings"].optimal_model("v", COSINE), (600, 2), 16, target="v", schedule=COSINE,
+    samples = [samplers.sample(DATASETS["rings"].optimal_model("v", COSINE), (2000, 2), 16, target="v", schedule=COSINE,
                                generator=run.generator("cpu", seed, "sample")) for seed in range(2)]
     real = kind_points.load(dict(data="rings"))
     assert rows[3][3] == expected_cell([metrics.covariance_distance(x, real).item() for x in samples])
@@ -310,7 +310,7 @@ def test_the_tables_of_samplers(study):
                 for distance in distances:
                     reached = "-"
                     for n in reversed(numbers):
-                        made = metrics_of(folder, data, target, f"steps-{n}-600" + (
+                        made = metrics_of(folder, data, target, f"steps-{n}-2000" + (
                             f"-{sampler}-{grid}" if (sampler, grid) != ("ancestral", "t") else ""))
                         floor = made[0][f"{distance}_floor"]
                         if sum(m[distance] for m in made) / 2 <= floor["mean"] + 2 * floor["std"] / 2**0.5:
@@ -318,15 +318,15 @@ def test_the_tables_of_samplers(study):
                         assert (made[0]["sampler"], made[0]["grid"], made[0]["steps"]) == (sampler, grid, n)
                     expected.append(reached)
                 assert found == " / ".join(expected)
-    clusters = metrics_of(folder, "clusters", "v", "steps-16-600")[0]
+    clusters = metrics_of(folder, "clusters", "v", "steps-16-2000")[0]
     assert few[5][3:5] == ["{mean:.3f} +- {std:.3f}".format(**clusters[f"{d}_floor"]) for d in distances]
     data, how, n, *cells = few[4]
     assert (data, how, n) == ("clusters", "dpmpp, logsnr", "16")
-    made = metrics_of(folder, "clusters", "v", "steps-16-600-dpmpp-logsnr")
+    made = metrics_of(folder, "clusters", "v", "steps-16-2000-dpmpp-logsnr")
     assert cells == [expected_cell([m[d] for m in made]) for d in distances] + [
         expected_cell([m["log_density"] - m["log_density_data"] for m in made])]
     for row in hard[2], hard[-1]:
-        made = metrics_of(folder, *row[:2], "steps-16-600-dpmpp-logsnr")
+        made = metrics_of(folder, *row[:2], "steps-16-2000-dpmpp-logsnr")
         assert row[3] == study_file.cell([m["sliced_wasserstein"] for m in made])
         assert row[4] == "{mean:.3f} +- {std:.3f}".format(**made[0]["sliced_wasserstein_floor"])
     assert [hard[2][:2], hard[-1][:2]] == [["clusters", "eps"], ["waves", "s"]]
@@ -347,7 +347,7 @@ def test_the_curves_over_evaluations(study):
         panels, label, path = drawn["steps-covariance" if name.startswith("c") else "steps-wasserstein"]
         assert label == name.replace("_", " ") and list(panels) == list(reproduce_thesis.THESIS)
         floor, curves = panels["waves", "eps"]
-        made = {n: metrics_of(folder, "waves", "eps", f"steps-{n}-600-dpmpp-t") for n in (2, 16)}
+        made = {n: metrics_of(folder, "waves", "eps", f"steps-{n}-2000-dpmpp-t") for n in (2, 16)}
         assert curves["dpmpp"] == [(n, [m[name] for m in made[n]]) for n in (2, 16)] \
             and list(curves) == ["ancestral", "dpmpp"]
         assert floor == made[2][0][f"{name}_floor"]
@@ -410,7 +410,7 @@ def test_the_table_of_schedules_is_the_runs_own_numbers(study):
             for target in "u", "F":
                 runs = [folder / f"runs/schedule-{schedule}-2-epochs/rings-{target}-mse-s{seed}" for seed in (0, 1)]
                 assert all(json.loads((run / "config.json").read_text())["schedule"] == schedule for run in runs)
-                values.append(expected_cell([json.loads((run / f"steps-64-600{sampler}/metrics.json").read_text())
+                values.append(expected_cell([json.loads((run / f"steps-64-2000{sampler}/metrics.json").read_text())
                                              ["covariance_distance"] for run in runs]))
             assert f"| {schedule} | {values[0]} | {values[1]} |" in part
 
@@ -520,15 +520,15 @@ def test_what_the_images_of_points_show(study):
     panels = drawn["fig4.12"][0]
     assert len(panels) == 36
     assert np.array_equal(panels["rings", "s, NELBO"][0],
-                          np.load(root / "rings-s-nelbo_stable-s0/steps-16-600/samples.npy")[:600])
+                          np.load(root / "rings-s-nelbo_stable-s0/steps-16-2000/samples.npy")[:2000])
     assert np.array_equal(panels["waves", "x, weighted"][0],
-                          np.load(root / "waves-x-mse-s0/steps-16-600/samples.npy")[:600])
+                          np.load(root / "waves-x-mse-s0/steps-16-2000/samples.npy")[:2000])
     panels = drawn["appendix4"][0]
     assert len(panels) == 16
     points, text = panels["v, NELBO", "2 steps"]
-    made = json.loads((root / "clusters-v-nelbo_stable-s0/steps-2-600/metrics.json").read_text())
+    made = json.loads((root / "clusters-v-nelbo_stable-s0/steps-2-2000/metrics.json").read_text())
     assert text == f"{made['mean_distance']:.2f}, {made['covariance_distance']:.2f}"
-    assert np.array_equal(points, np.load(root / "clusters-v-nelbo_stable-s0/steps-2-600/samples.npy")[:600])
+    assert np.array_equal(points, np.load(root / "clusters-v-nelbo_stable-s0/steps-2-2000/samples.npy")[:2000])
     panels = drawn["fig4.2"][0]
     x, z = panels["rings", "t = 0.0"][0], panels["rings", "t = 1.0"][0]
     assert DATASETS["rings"].log_prob(x).mean() > -2 and abs(z.std() - 1) < 0.05
@@ -640,7 +640,7 @@ def test_cells():
 
 def small_study(**args):
     """A Study, of one run that needs no file, and what it keeps of it in runs.jsonl."""
-    study = study_file.Study(types.SimpleNamespace(device="cpu", recorded=False, num_samples=600, **args))
+    study = study_file.Study(types.SimpleNamespace(device="cpu", recorded=False, num_samples=2000, **args))
     one = types.SimpleNamespace(recipe="exact", config=dict(stabiliser=0.0, data="clusters"),
                                 model=lambda device="cpu", out=False: MLP(width=8),
                                 checkpoint={}, schedule=None)
