@@ -20,6 +20,15 @@ def cells(lines):
     return [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_grids():
+    """Grids of images that training draws take 5 evaluations, not 100."""
+    import train_images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_images, "GRID_STEPS", 5)
+        yield
+
+
 @pytest.fixture
 def interrupted():
     """interrupted(call): call(), which trains points, is stopped as by Ctrl-C when its second epoch begins.

@@ -236,7 +236,6 @@ IMAGES = ("--channels 8 --channel-mult 1 --layers 1 --attention 0 --batch-size 4
 
 
 def test_images_resumed_are_the_same_and_their_moments_those_of_their_losses(folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train_images, "GRID_STEPS", 2)
     monkeypatch.setattr(train_images, "SAVE_EVERY", 0)
     calls, drawn, original, draw = [], [], adaptive.moved, adaptive.draw
     argv = ["--data", str(folder), *IMAGES, "--t-density", "loss_aware", "--out"]

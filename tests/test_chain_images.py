@@ -29,14 +29,6 @@ RUNS = {"range": "--schedule ddpm --timesteps 6 --target eps --loss hybrid --var
         "mse": "--schedule linear --timesteps 7 --target v --loss mse --variance large --t-density loss_aware"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def coarse():
-    """Grids of samples in training in 5 steps in place of 100."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_images, "GRID_STEPS", 5)
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """12 grey images of 4 x 4 to train on, 3 to test on; among their levels are black and white."""

@@ -16,7 +16,6 @@ import run
 import sample
 import settings
 import train
-import train_images
 
 UNET = ("--target v --channels 8 --channel-mult 1 --layers 1 --attention 0 --batch-size 8 --warmup 2 --device cpu "
         "--train-steps 2 --labels").split()
@@ -38,7 +37,6 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "STEPS", 30)
         patch.setattr(classifier, "RATE", 0.01)
-        patch.setattr(train_images, "GRID_STEPS", 2)
         patch.setattr(classifier, "BATCH", 32)
         patch.setattr(classifier, "FEATURES", 6)
         yield

@@ -23,7 +23,6 @@ import reproduce_embedded
 import reproduce_latent
 import reproduce_latent_images
 import run
-import train_images
 from datasets2d import DATASETS
 from ddpm import SCHEDULES
 from study import Study
@@ -210,7 +209,6 @@ def test_the_figure_is_drawn_and_shades_the_holes(tmp_path, monkeypatch):
 # Images
 
 def test_images_in_pixels_and_in_latents(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_images, "GRID_STEPS", 2)
     monkeypatch.setattr(reproduce_latent_images, "STEPS", 2)
     monkeypatch.setattr(reproduce_latent_images.reproduce_poster_images, "STEPS", 1)
     monkeypatch.setattr(classifier, "STEPS", 2)

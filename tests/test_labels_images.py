@@ -25,14 +25,6 @@ import unet
 NULL = guidance.NULL
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short():
-    """A grid is drawn in 2 steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_images, "GRID_STEPS", 2)
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """44 grey images of 8 x 8 in two classes, the second bright: 40 to train on, 4 to test on."""

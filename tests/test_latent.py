@@ -86,7 +86,6 @@ def few():
     """Batches of 16, and grids in training of 5 steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent, "BATCH", 16)
-        patch.setattr(train_images, "GRID_STEPS", 5)
         yield
 
 

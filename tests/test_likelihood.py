@@ -188,9 +188,10 @@ def test_the_log_likelihood_of_gaussian_data(name, target):
     found, evaluations = likelihood.log_likelihood(model, x, steps=64, **options)
     assert_close(found, expected, rtol=0, atol=1e-3)
     assert evaluations == 256
-    adaptive, evaluations = likelihood.log_likelihood(model, x, tolerance=1e-8, **options)
-    assert_close(adaptive, expected, rtol=0, atol=1e-6)
-    assert 50 < evaluations < 2000
+    if target == "v" or name == "cosine":                  # the slower of the two: each target, each schedule
+        adaptive, evaluations = likelihood.log_likelihood(model, x, tolerance=1e-8, **options)
+        assert_close(adaptive, expected, rtol=0, atol=1e-6)
+        assert 50 < evaluations < 2000
 
 
 @pytest.mark.parametrize("data", COARSE)

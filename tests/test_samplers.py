@@ -247,7 +247,7 @@ def test_the_samplers_of_the_ode_end_in_the_same_points_and_those_with_noise_do_
     for sampler in "euler", "ddim", "dpmpp":
         assert_close(exact(sampler, 1024), reference, rtol=0, atol=0.05)
     for sampler in "ancestral", "sde":
-        assert (exact(sampler, 1024) - reference).abs().max() > 1
+        assert (exact(sampler, 64) - reference).abs().max() > 1
 
 
 @every_schedule

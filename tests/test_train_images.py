@@ -104,7 +104,7 @@ def test_the_loop_is_the_loop_typed_again(trained, folder):
     averaged.load_state_dict(state["ema"])
     tests = kind_images.test(averaged, images.load(str(folder), "test"), config, torch.device("cpu"))
     assert tests == pytest.approx({key: entries[-1][key] for key in tests}, rel=1e-5)
-    samples = draw_images.draw(averaged, (64, 3, 8, 8), 100, config, run.generator("cpu", 0, "grid"))
+    samples = draw_images.draw(averaged, (64, 3, 8, 8), 5, config, run.generator("cpu", 0, "grid"))
     assert (np.array(Image.open(trained / "samples-10.png")) == images.grid(samples, 8).permute(1, 2, 0).numpy()).all()
 
 
@@ -140,8 +140,7 @@ def test_batches_are_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize("name, options, flipped", [
-    ("squares", [], False), ("squares", ["--flip"], True), ("squares", ["--no-flip"], False), ("cifar10", [], True),
-    ("cifar10", ["--no-flip"], False), ("mnist", [], False), ("mnist", ["--flip"], True)])
+    ("squares", [], False), ("cifar10", [], True), ("cifar10", ["--no-flip"], False), ("mnist", ["--flip"], True)])
 def test_only_cifar10_is_mirrored_unless_asked(folder, tmp_path, monkeypatch, capsys, name, options, flipped):
     """It is in the config, in what training says and in what it does."""
     data = images.load(str(folder), "train")
