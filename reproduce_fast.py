@@ -82,7 +82,8 @@ def sweep(study):
     of_thesis = found["thesis"][2]
     seconds = lambda runs: sum(one.history[-1]["seconds"] for one in runs.values())
     for epochs, options, runs in found.values():
-        line = [" ".join(["Adam", *options]).replace("--", ""), str(epochs)]
+        words = " ".join(options if "muon" in options else ["Adam", *options])
+        line = [words.replace("--optimizer muon", "Muon").replace("--", ""), str(epochs)]
         for loss in LOSSES:
             distances = [statistics.mean(excess(runs[data[0], target, loss, seed]) for seed in seeds)
                          / statistics.mean(excess(of_thesis[data[0], target, loss, seed]) for seed in seeds)
