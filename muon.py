@@ -6,8 +6,9 @@ directions count alike. No singular values are computed: with x = M / |M| three 
 
     x <- a x + (b A + c A A) x,      A = x x'
 
-which is a polynomial of each singular value that brings it near 1. First and last layer and the biases are
-Adam's. Steps are dearer by these 9 products of weights, in bfloat16 where the processor has it, and fewer are needed.
+which is a polynomial of each singular value that brings all but the smallest near 1. First and last layer and the
+biases are Adam's. Steps are dearer by these 9 products of weights, in bfloat16 where the processor has it, and fewer
+are needed.
 
 Not here: how many fewer (`reproduce_fast.py`).
 
