@@ -11,8 +11,8 @@ and as all of them were as likely before z was seen, the probability that it was
 z itself stays as it is. This costs no bias, whatever the size of the batch, as the rows of one batch are all made from
 its own points: E[E[x | z, batch] | z] = E[x | z]. So the network that minimises the expected loss is the same and the
 gradient has the same mean, each row's part of it with less variance (Rao and Blackwell). The loss in training is lower
-by that variance; the loss on test points, which has none of this, stays comparable. Little is gained where sigma / alpha
-is less than the distance of two points, as it is near t = 0, and in many dimensions at most t.
+by that variance; the loss on test points, which has none of this, stays comparable. Little is gained where the distance
+of two points is above sigma / alpha, as it is near t = 0, and in many dimensions at most t.
 
 Not here: what it does to training (`reproduce_fast.py`).
 
