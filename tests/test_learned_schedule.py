@@ -7,7 +7,7 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from test_chain_images import coarse, folder  # noqa: F401 - fixtures
+from test_chain_images import folder  # noqa: F401 - a fixture
 from test_chain_runs import ends, few, fit, same  # noqa: F401 - fixture few
 from test_train_images import killed, only
 from torch.testing import assert_close

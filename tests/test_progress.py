@@ -93,6 +93,7 @@ def test_the_clock_is_of_the_whole_process():
 def test_the_time_left_of_a_run_has_its_tests_and_grids(clock, capsys, monkeypatch, test_every, grid_every, minutes):
     """A run of 1,000 steps of 2 s, a test of 25 s, a grid of 80 s: after a tenth, 30 % at most, tested or not."""
     monkeypatch.setattr(progress, "due", lambda *args: True)
+    monkeypatch.setattr(train_images, "GRID_STEPS", 100)
     config, took = dict(batch_size=64), dict(test=None, grid=None, all=0.0)
     said, start = [], clock.now
     monkeypatch.setattr(progress, "say", lambda line: said.append((clock.now, float(line.split()[-3]))))

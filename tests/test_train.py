@@ -192,11 +192,12 @@ def test_defaults_are_the_documented_ones():
                   grid_every=10_000, compile=None, dropout=0.0, flip=None)
     assert args == dict(kind="points", **shared, data=["rings"], epochs=100, batch_size=512,
                         lr=1e-3, width=128, sigma=None, energy=False, activation="relu",
-                        labels=False, optimizer="adam", **dict.fromkeys(images) | {"ema": 0.0, "precision": "fp32"})
+                        labels=False, optimizer="adam", stable_targets=False,
+                        **dict.fromkeys(images) | {"ema": 0.0, "precision": "fp32"})
     of_images = train.parse(["--data", "cifar10"])
     assert vars(of_images) == dict(kind="images", **images, **shared, data=["cifar10"], epochs=500, batch_size=128,
                                    lr=2e-4, width=None, sigma=None, energy=None, activation=None,
-                                   labels=False, optimizer=None)
+                                   labels=False, optimizer=None, stable_targets=None)
     assert settings.configs(of_images)[0].items() >= unet.PRESETS["ddpm"].items()
     changed, = settings.configs(train.parse(["--data", "cifar10", "--preset", "thesis", "--channels", "32",
                                              "--attention", "0"]))
@@ -238,7 +239,7 @@ def test_a_moved_run_resumes_elsewhere_and_its_clock_and_log_go_on(tmp_path):
     assert state["config"].keys() == {"data", "target", "loss", "seed", "schedule", "t_min", "t_density", "stabiliser",
                                       "epochs", "batch_size", "lr", "width", "timesteps", "variance", "vlb_weight",
                                       "sigma", "energy", "activation", "labels", "ema",
-                                      "optimizer", "precision"}
+                                      "optimizer", "precision", "stable_targets"}
     state["history"] = state["history"][:1]
     state["history"][0]["seconds"] = 1000.0
     run.save(folder / "ckpt.pt", state)                               # as if killed between metrics.jsonl and ckpt.pt
