@@ -178,12 +178,12 @@ def test_a_full_disk_keeps_the_old_samples(trained, tmp_path):
 def test_defaults_and_what_the_image_shows(trained, tmp_path, monkeypatch):
     args = sample.parse([])
     assert (args.ckpt, args.steps, args.num_samples, args.seed, args.out) == (None, 512, None, 0, None)
-    shown = {}
+    shown, figures = {}, plots.plt.get_fignums()           # of other tests
     monkeypatch.setattr(plots, "scatter", lambda panels, path, limits: shown.update(panels))
     draw(trained, "--steps", "2", "--num-samples", "50", "--out", str(tmp_path))
     assert torch.equal(shown["clusters, data"], kind_points.load(dict(data="clusters")))
     assert np.array_equal(shown["v, mse, 2 steps"].numpy(), np.load(tmp_path / "samples.npy"))
-    assert plots.plt.get_fignums() == []
+    assert plots.plt.get_fignums() == figures
 
 
 def test_exit_codes_from_a_shell(tmp_path):
