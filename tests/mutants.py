@@ -1615,6 +1615,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("stable_targets.py", "eps + alpha / sigma * (x - mean)", "eps + sigma / alpha * (x - mean)"),
     ("stable_targets.py", '"donot_use_mm', '"use_mm'),
     ("stable_targets.py", "c.split(size)", "c.split(len(c))"),
+    ("batches.py", 'ddpm.fixed(config["schedule"])', 'ddpm.SCHEDULES["cosine"]'),
     ("conflicts.py", '("stable_targets") and (config["timesteps"] or ', '("stable_targets") and ('),
     ("conflicts.py", '"learned" or config.get("labels")\n', '"learned"\n'),
     ("recipes.py", "return (MUON if", "return (FAST if"),

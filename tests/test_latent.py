@@ -83,7 +83,7 @@ def test_reconstructions_end_at_black_and_white():
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    """Batches of 16, and grids in training of 5 steps."""
+    """Batches of 16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent, "BATCH", 16)
         yield

@@ -13,7 +13,7 @@ import run
 import settings
 import train
 from datasets2d import GaussianMixture
-from recipes import FAST, MUON, fast
+from recipes import FAST, MUON, RECIPES, fast
 from stable_targets import given_batch
 
 WORDS = "--data clusters --width 8 --epochs 2 --batch-size 500 --device cpu".split()
@@ -87,19 +87,20 @@ def epochs(*words):
                           "adaptive" in words else None) for stable in (False, True)]
 
 
-@pytest.mark.parametrize("words", ["", "--t-density logsnr", "--t-density adaptive"])
+@pytest.mark.parametrize("words", ["", "--t-density logsnr", "--t-density adaptive", "--schedule flow"])
 def test_training_is_given_the_same_z_and_the_means_of_each_batch(words):
     """All draws and weights are those of a run without; y is a linear function of the means of its own batch."""
     (_, z, t, y, w), (_, z_of, t_of, y_of, w_of) = epochs(*words.split())
+    schedule = ddpm.SCHEDULES["flow" if "flow" in words else "cosine"]
     assert z.shape == (3, 1000, 2) and torch.equal(t, t_of) and torch.equal(w, w_of)
     assert_close(z, z_of, rtol=1e-5, atol=1e-5)
     assert (y - y_of).abs().max() > 0.1
     for step, member in itertools.product(range(3), range(2)):
         rows = slice(500 * member, 500 * member + 500)
         times, noisy = t[step, rows].double(), z[step, rows].double()
-        alpha, sigma = (c(times)[:, None] for c in (ddpm.SCHEDULES["cosine"].alpha, ddpm.SCHEDULES["cosine"].sigma))
+        alpha, sigma = (c(times)[:, None] for c in (schedule.alpha, schedule.sigma))
         x = y[step, :500].double()                                             # the target x is x
-        mean, eps = given_batch(x, times, (noisy - alpha * x) / sigma, ddpm.SCHEDULES["cosine"])
+        mean, eps = given_batch(x, times, (noisy - alpha * x) / sigma, schedule)
         expected = mean if member == 0 else alpha * eps - sigma * mean
         assert_close(y_of[step, rows].double(), expected, rtol=0, atol=2e-3)
 
@@ -129,3 +130,15 @@ def test_the_fast_recipe_has_it_where_it_can_and_what_a_recipe_says_counts():
     assert FAST == [*MUON, "--stable-targets", "--t-density", "loss_aware"]
     for words in ["--labels"], ["--timesteps", "10"], ["--schedule", "learned"], ["--sigma", "0.1"]:
         assert fast(words) == [*MUON, *words]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_stable_targets_where_the_command_line_takes_them(recipe, capsys):
+    def refused(words):
+        try:
+            train.parse(["--loss", RECIPES[recipe][1][0], *words])
+        except SystemExit:
+            pass
+        return "--stable-targets is" in capsys.readouterr().err
+    words = fast(RECIPES[recipe][0])
+    assert not refused(words) and ("--stable-targets" in words or refused([*words, "--stable-targets"]))

@@ -140,7 +140,8 @@ def test_batches_are_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize("name, options, flipped", [
-    ("squares", [], False), ("cifar10", [], True), ("cifar10", ["--no-flip"], False), ("mnist", ["--flip"], True)])
+    ("squares", [], False), ("squares", ["--flip"], True), ("squares", ["--no-flip"], False), ("cifar10", [], True),
+    ("cifar10", ["--no-flip"], False), ("mnist", [], False), ("mnist", ["--flip"], True)])
 def test_only_cifar10_is_mirrored_unless_asked(folder, tmp_path, monkeypatch, capsys, name, options, flipped):
     """It is in the config, in what training says and in what it does."""
     data = images.load(str(folder), "train")
