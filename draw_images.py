@@ -18,11 +18,7 @@ import progress
 import run
 import samplers
 import variance as variances
-
-
-def autocast(config, device):
-    """Where the config asks for it, matrix products and convolutions in bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+from settings import autocast
 
 
 def clips(config, clip):

@@ -28,6 +28,7 @@ import own_points
 import progress
 import run
 import samplers
+import settings
 import stack
 import tables
 import threads
@@ -104,10 +105,11 @@ def weights(checkpoint):
 def in_chunks(model, members=1, config=None):
     """A network or stack as one that is given 5,000 rows at a time on a CPU: activations then fit in its cache.
 
-    config: of its run, which may say that it is guided.
+    config: of its run, which may say that it is guided, and that products are in bf16.
     """
-    cpu = next(model.parameters()).device.type == "cpu"
-    return stack.in_chunks(guidance.of_run(model, config or {}), members, 5000 if cpu else 2**20)
+    device, config = next(model.parameters()).device, config or {}
+    return stack.in_chunks(settings.autocast(config, device)(guidance.of_run(model, config)), members,
+                           5000 if device.type == "cpu" else 2**20)
 
 
 def draw(runs, steps, num_samples=10_000, seed=0, device="cpu", t_min=None, under=None, t_max=None,

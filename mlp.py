@@ -51,7 +51,7 @@ class MLP(nn.Module):
             h = torch.baddbmm(bias, h, weight.mT)                           # (M, B / M, width)
             if i < len(self.weights) - 1:
                 h = self.activation(h)
-        return h.flatten(0, 1)                                              # (B, out)
+        return h.flatten(0, 1).to(z)                               # (B, out), in bf16 products too
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import latent
 import latent_data
 import reproduce_poster_images
 import run
+import settings
 import train
 import unet
 from checkpoints import once
@@ -52,7 +53,7 @@ def seconds_of_a_step(runs, device, repeats=REPEATS):
     for _ in range(1 + repeats):                           # the first of each warms up
         for space, (model, optimizer, config, z) in steps.items():
             start = time.perf_counter()
-            with draw_images.autocast(config, device):
+            with settings.autocast(config, device):
                 prediction = model(z, z[:, 0, 0, 0].sigmoid())
             prediction.square().mean().backward()
             optimizer.step()

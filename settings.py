@@ -14,6 +14,8 @@ import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 import conflicts
 import losses
 import mlp
@@ -79,8 +81,9 @@ SETTINGS = [
     Setting("ema", "decay of the averaged weights, which are tested and sampled; 0, on points: none", 0.0, 0.9999,
             argument=dict(type=number(float, 0, 0.999999))),
     Setting("width", "of the hidden layers", 128, argument=dict(type=number(int, 1, 10_000))),
-    Setting("precision", "of matrix products and convolutions in training; auto: bf16 of images on CUDA, else fp32; "
-            "bf16 is good on CPUs that have it", "fp32", "auto", "points", dict(choices=["auto", "bf16", "fp32"])),
+    Setting("precision", "of matrix products and convolutions in training and sampling; auto: bf16 of images on CUDA, "
+            "else fp32; bf16 is good on CPUs that have it", "fp32", "auto", "points",
+            dict(choices=["auto", "bf16", "fp32"])),
     Setting("data_dir", "where the named datasets are, or are downloaded to", images="data", identity="",
             argument=dict(type=folder)),
     Setting("image_size", "crop and scale to a square of so many pixels", images=None,
@@ -241,6 +244,11 @@ def alike(config):
     dim = DATASETS[config["data"]].dim if config["data"] in DATASETS else 2
     return ({key: value for key, value in config.items() if key not in NAMES or key in own}
             | ({"dimension": dim} if dim > 2 else {}))
+
+
+def autocast(config, device):
+    """Where a config asks for it, matrix products and convolutions in bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.get("precision") == "bf16")
 
 
 def configs(args, **more):

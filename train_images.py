@@ -130,7 +130,7 @@ def train_run(folder, config, state, device, model, sets, steps, minutes=math.in
         x, z, y, w, t, importance, *label = (c[mine] for c in (x, z, y, w * importance, t, importance, *label))
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"])
         torch.manual_seed(run.generator("cpu", config["seed"], "dropout", step, rank).initial_seed())
-        with draw_images.autocast(config, device):
+        with settings.autocast(config, device):
             prediction = network(z, t, *label)
         errors = kind_images.loss(prediction, x, t, y, w, config, importance)
         loss = errors.mean()

@@ -9,6 +9,7 @@ import adam
 import kind_points
 import muon
 import run
+import settings
 import train
 import train_points
 from mlp import MLP
@@ -105,6 +106,31 @@ def test_products_in_bf16_leave_the_weights_in_float32_and_change_them_a_little(
         losses = [state["history"][-1]["test_loss"] for state in (a, b)]
         assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert train.parse([*FAST, "--precision", "auto"]).precision == "fp32"
+
+
+def test_points_of_a_run_in_bf16_are_drawn_in_bf16_and_those_of_another_are_not(trained, monkeypatch):
+    one, seen = run.open(trained / "clusters-v-mse-s0"), []
+    baddbmm = torch.baddbmm
+
+    def spy(*words):
+        out = baddbmm(*words)
+        seen.append(out.dtype)
+        return out
+    monkeypatch.setattr(torch, "baddbmm", spy)
+    drawn = {}
+    for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
+        config = one.config | dict(precision=precision)
+        of = run.Run(one.folder, one.checkpoint | dict(config=config))
+        drawn[precision] = kind_points.draw(of, 4, num_samples=50)
+        assert {*seen} == {dtype} and drawn[precision].dtype == torch.float32
+        seen.clear()
+        assert kind_points.in_chunks(of.model())(torch.randn(3, 2), torch.rand(3)).dtype == torch.float32
+        assert {*seen} == {torch.float32}          # what judges a network is not told of the run
+        seen.clear()
+    assert_close(drawn["fp32"], drawn["bf16"], rtol=0, atol=0.1)
+    assert not torch.equal(drawn["fp32"], drawn["bf16"])
+    old = {key: value for key, value in one.config.items() if key != "precision"}
+    assert not settings.autocast(old, torch.device("cpu"))._enabled
 
 
 @pytest.mark.parametrize("words", ["--energy --target s", "--loss exact --target s"])
