@@ -1615,6 +1615,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("stable_targets.py", "range(x.shape[1])", "range(x.shape[1] - 1)"),
     ("stable_targets.py", "eps + alpha / sigma * (x - mean)", "eps - alpha / sigma * (x - mean)"),
     ("stable_targets.py", "eps + alpha / sigma * (x - mean)", "eps + sigma / alpha * (x - mean)"),
+    ("mlp.py", "h.flatten(0, 1).to(z)", "h.flatten(0, 1)"),
     ("settings.py", 'config.get("precision") == "bf16"', 'config.get("precision") != "fp32"'),
     ("kind_points.py", "settings.autocast(config, device)(guidance", "settings.autocast({}, device)(guidance"),
     ("stable_targets.py", "c.split(size)", "c.split(len(c))"),

@@ -126,6 +126,8 @@ def test_points_of_a_run_in_bf16_are_drawn_in_bf16_and_those_of_another_are_not(
         seen.clear()
         assert kind_points.in_chunks(of.model())(torch.randn(3, 2), torch.rand(3)).dtype == torch.float32
         assert {*seen} == {torch.float32}          # what judges a network is not told of the run
+        with settings.autocast(config, torch.device("cpu")):
+            assert of.model()(torch.randn(3, 2), torch.rand(3)).dtype == torch.float32     # that samplers go on with
         seen.clear()
     assert_close(drawn["fp32"], drawn["bf16"], rtol=0, atol=0.1)
     assert not torch.equal(drawn["fp32"], drawn["bf16"])
