@@ -1615,6 +1615,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("stable_targets.py", "range(x.shape[1])", "range(x.shape[1] - 1)"),
     ("stable_targets.py", "eps + alpha / sigma * (x - mean)", "eps - alpha / sigma * (x - mean)"),
     ("stable_targets.py", "eps + alpha / sigma * (x - mean)", "eps + sigma / alpha * (x - mean)"),
+    ("draw_images.py", "with autocast(config, generator.device)", "with autocast({}, generator.device)"),
     ("mlp.py", "h.flatten(0, 1).to(z)", "h.flatten(0, 1)"),
     ("settings.py", 'config.get("precision") == "bf16"', 'config.get("precision") != "fp32"'),
     ("kind_points.py", "settings.autocast(config, device)(guidance", "settings.autocast({}, device)(guidance"),
@@ -1839,7 +1840,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
 
 OWN_TESTS = {          # where it is not the test file of that name alone; the likeliest to notice first
     "kind_points.py": ["muon", "sample", "adam", "chain_runs", "own_points", "train", "cache", "waiting"],
-    "kind_images.py": ["train_images", "chain_images", "weightings"], "progress.py": ["progress", "waiting"],
+    "kind_images.py": ["train_images", "chain_images", "weightings"], "draw_images.py": ["train_images", "movie"],
+    "progress.py": ["progress", "waiting"],
     "train_points.py": ["train", "adam", "muon", "chain_runs", "stack", "start", "waiting"],
     "train_images.py": ["train_images", "chain_images", "progress"], "sample.py": ["chain_runs", "sample"],
     "optimum.py": ["chain_runs", "train", "own_points"], "train.py": ["settings", "chain_runs", "train"],

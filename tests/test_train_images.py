@@ -536,6 +536,20 @@ def test_samples_are_those_of_the_averaged_weights(trained, drawn):
     assert grid.shape == (22, 82, 3) and (grid[2:10, 12:20] == np.array(Image.open(out / "samples/00001.png"))).all()
 
 
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_images_are_drawn_in_the_precision_that_they_were_trained_in(trained, monkeypatch, precision, dtype):
+    one, seen, conv2d = run.open(trained), set(), torch.nn.functional.conv2d
+
+    def spy(*words, **more):
+        out = conv2d(*words, **more)
+        seen.add(out.dtype)
+        return out
+    monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
+    x = draw_images.draw(one.model(), (2, *one.config["shape"]), 2, one.config | dict(precision=precision),
+                         run.generator("cpu", "draw"))
+    assert seen == {dtype} and x.dtype == torch.uint8
+
+
 def test_sampling_goes_on_with_what_is_missing(drawn, monkeypatch):
     argv, out = drawn
     before = {path.name: path.read_bytes() for path in out.glob("samples/*.png")}
