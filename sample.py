@@ -130,7 +130,8 @@ def parse(argv):
 def of_label(one, label, w, interval=None):
     """A Run whose samples are guided towards a label. ValueError: it was trained without labels, or not with this."""
     if not one.config.get("labels"):
-        raise ValueError("trained without labels - leave out --label, or train with --labels")
+        raise ValueError("trained without labels - leave out --label"
+                         + ", or train with --labels" * ("latents" not in one.config))           # latents have none
     if label >= (classes := one.kind.classes(one.config)):
         raise ValueError(f"no label {label}: choose from 0 to {classes - 1}")
     config = one.config | {"label": label, "guidance": w or 0.0} | ({"guidance_interval": interval} if interval else {})

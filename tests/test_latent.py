@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -347,3 +348,10 @@ def test_wrong_arguments_and_the_cost(capsys):
     assert len(lines) == 6 and lines[1].split()[:7] == ["latents", "3", "x", "7", "x", "7", "147"]
     flop = unet.flop(unet.UNet(3, 7), (3, 7, 7))
     assert f" {flop / 1e9:.2f} GFLOP" in lines[1]
+
+
+def test_a_run_on_latents_has_no_labels_and_is_not_told_to_train_with_them():
+    for config, words in ({}, "leave out --label, or train with --labels"), ({"latents": {}}, "leave out --label"):
+        with pytest.raises(ValueError) as error:
+            sample.of_label(types.SimpleNamespace(config=config), 0, 1.0)
+        assert str(error.value) == f"trained without labels - {words}"
