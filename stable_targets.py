@@ -29,10 +29,11 @@ def given_batch(x, t, eps, schedule):
     alpha must be above 0, as it is in continuous time.
     """
     alpha, sigma = (ddpm.expand(c(t), x) for c in (schedule.alpha, schedule.sigma))
-    # Not by the product x x': of differences of size sigma nothing would be left. And not by `cdist`: twice as slow.
-    ahead = x + sigma / alpha * eps
-    distance_sq = sum((ahead[:, i, None] - x[:, i]).square() for i in range(x.shape[1]))    # (B, B)
-    mean = torch.softmax(-0.5 * (alpha / sigma)**2 * distance_sq, 1) @ x
+    # Not by the product x x': of differences of size sigma nothing would be left. And not by `cdist`: slower.
+    columns, ahead = x.T.contiguous(), (x + sigma / alpha * eps).T                                  # (D, B)
+    distance_sq = sum((there[:, None] - column).square_() for there, column in zip(ahead, columns))
+    probability = torch.softmax(-0.5 * (alpha / sigma)**2 * distance_sq, 1)                         # (B, B)
+    mean = (columns @ probability.T).T                          # so round: the other is slow on a CPU
     return mean, eps + alpha / sigma * (x - mean)
 
 

@@ -1583,7 +1583,7 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_few_images.py", "sampler=sampler, grid=grid)", "sampler=sampler)"),
     # Muon
     ("muon.py", "(3.4445, -4.7750, 2.0315), 3", "(3.4445, -4.7750, 2.0315), 4"),
-    ("muon.py", "a * x + (b * A + c * A @ A) @ x", "a * x + (b * A - c * A @ A) @ x"),
+    ("muon.py", "A, A, beta=b, alpha=c", "A, A, beta=b, alpha=-c"),
     ("muon.py", "keepdim=True) + 1e-12)", "keepdim=True) + 1e-3)"),
     ("muon.py", "lerp_(gradient, 1 - MOMENTUM)", "lerp_(gradient, MOMENTUM)"),
     ("muon.py", "orthogonal(gradient.lerp(momentum, MOMENTUM), self.dtype)", "orthogonal(momentum, self.dtype)"),
@@ -1612,7 +1612,8 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("stable_targets.py", "torch.softmax(-0.5", "torch.softmax(-1.0"),
     ("stable_targets.py", "(alpha / sigma)**2", "(alpha / sigma)"),
     ("stable_targets.py", "distance_sq, 1)", "distance_sq, 0)"),
-    ("stable_targets.py", "range(x.shape[1])", "range(x.shape[1] - 1)"),
+    ("stable_targets.py", "columns @ probability.T", "columns @ probability"),
+    ("stable_targets.py", "in zip(ahead, columns)", "in zip(ahead[:1], columns)"),
     ("stable_targets.py", "eps + alpha / sigma * (x - mean)", "eps - alpha / sigma * (x - mean)"),
     ("stable_targets.py", "eps + alpha / sigma * (x - mean)", "eps + sigma / alpha * (x - mean)"),
     ("draw_images.py", "with autocast(config, generator.device)", "with autocast({}, generator.device)"),
