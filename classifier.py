@@ -165,7 +165,8 @@ def of_run(path, config, device="cpu"):
 
 
 def main(argv=None):
-    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="python classifier.py [options], see --help")
     parser.add_argument("--data", default="fashion_mnist",
                         help=f"{', '.join(images.IMAGES)} or a folder of images (fashion_mnist)")
     parser.add_argument("--data-dir", type=settings.folder, default="data", help="where the named datasets are (data)")

@@ -197,7 +197,8 @@ def show_cost():
 
 
 def main(argv=None):
-    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                             usage="python latent.py [options], see --help")
     parser.add_argument("--data", help=f"{', '.join(images.IMAGES)} or a folder of images (none: show the cost)")
     parser.add_argument("--data-dir", type=settings.folder, default="data", help="where the named datasets are (data)")
     parser.add_argument("--image-size", type=settings.number(int, 4, images.LARGEST), help="a multiple of 4 (no)")

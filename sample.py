@@ -111,7 +111,7 @@ def parse(argv):
     if args.movie and args.sampler == "langevin":
         parser.error("--movie shows samples from noise to data over t, and --sampler langevin has no t")
     if args.guidance is not None and args.label is None:
-        parser.error("--guidance is towards a label: say which, --label 0")
+        parser.error("--guidance is towards a label of a run trained with --labels: say which, --label 0")
     if args.guidance_interval and not args.guidance:
         parser.error("--guidance-interval is where guidance acts: say how much, --guidance 1")
     if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:

@@ -213,10 +213,10 @@ COARSE = {"clusters": DATASETS["clusters"], "rings": datasets2d.standardised(*da
 @pytest.mark.parametrize("name", COARSE)
 def test_ancestral_sampling_with_the_exact_denoiser_ends_at_the_floor(name):
     data, schedule, g = COARSE[name], ddpm.SCHEDULES["cosine"], torch.Generator().manual_seed(1)
-    samples = samplers.sample(data.optimal_model("v", schedule), (5000, 2), 384, target="v", schedule=schedule,
+    samples = samplers.sample(data.optimal_model("v", schedule), (2500, 2), 256, target="v", schedule=schedule,
                                     generator=g)
     real = DATASETS[name].sample(50_000, g)
-    for distance, (mean, std) in metrics.floor(DATASETS[name], 5000, 50_000, 20, g).items():
+    for distance, (mean, std) in metrics.floor(DATASETS[name], 2500, 50_000, 20, g).items():
         assert getattr(metrics, distance)(samples, real) < mean + 3.5 * std
     assert_close(DATASETS[name].log_prob(samples).mean(), DATASETS[name].log_prob(real[:10_000]).mean(),
-                 atol=0.1, rtol=0)                                          # standard errors 0.014 and 0.01
+                 atol=0.1, rtol=0)                                          # standard errors 0.02 and 0.01

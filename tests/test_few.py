@@ -42,6 +42,7 @@ def study(tmp_path_factory):
     patch.setattr(reproduce_few, "SLOW", ("ancestral", "t", 128))
     patch.setattr(reproduce_few, "WAYS", [("unipc", "t", 16), ("unipc", "optimal", 16), ("ancestral", "t", 128)])
     patch.setattr(reproduce_few, "WITHIN", 0.3)
+    patch.setattr(reproduce_few, "FAST_EPOCHS", 1)
     yield folder, call(folder)
     patch.undo()
     for cache in CACHES:
@@ -55,14 +56,16 @@ def test_the_table_of_few_evaluations(study):
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [line[:2] for line in lines[2:4]] == [line[:2] for line in lines[6:8]] == [["unipc", "t"],
                                                                                       ["unipc", "optimal"]]
-    close, near, data = [0, 0], [0, 0], iter(SETS)
-    for line in lines[8:]:
+    close, near, data = [0, 0, 0], [0, 0, 0], iter(SETS)
+    details, of_fast = lines[8:-6], lines[-6:]
+    for line in details:
         if line[0] == "evaluations":
             name = next(data)
         if line[1] not in ("unipc, optimal",):
             continue
-        found = [metrics_of(folder, name, "v", "steps-16-2000-unipc-optimal")]
-        slow = [metrics_of(folder, name, "v", "steps-128-2000")]
+        found, slow = ([metrics_of(folder, name, "v", made, recipe) for recipe in (
+            "stabilised-2-epochs", "stabilised-fast-1-epochs")] for made in (
+            "steps-16-2000-unipc-optimal", "steps-128-2000"))
         for which in found, slow:
             which.append([kind_points.measure(dict(data=name), samplers.sample(
                 DATASETS[name].optimal_model("v", COSINE), (2000, 2), 16 if which is found else 128, target="v",
@@ -71,14 +74,17 @@ def test_the_table_of_few_evaluations(study):
         distances = "mean_distance", "covariance_distance", "sliced_wasserstein"
         gap = lambda measured: sum(m["log_density"] - m["log_density_data"] for m in measured) / 2
         for i, measured in enumerate(found):
-            assert [line[2 + 2 * d + i] for d in range(3)] == [expected_cell([m[key] for m in measured])
-                                                               for key in distances]
-            assert line[8 + i] == expected_cell([m["log_density"] - m["log_density_data"] for m in measured])
+            shown = [expected_cell([m[key] for m in measured]) for key in distances] + [
+                expected_cell([m["log_density"] - m["log_density_data"] for m in measured])]
+            assert shown == ([line[2 + 2 * d + i // 2] for d in range(4)] if i != 1 else
+                             next(row for row in of_fast if row[:3] == [name, "unipc, optimal", "16"])[3:])
             at_floor = all(sum(m[key] for m in measured) / 2 <= measured[0][f"{key}_floor"]["mean"]
                            + 2 * measured[0][f"{key}_floor"]["std"] for key in distances)
             close[i] += at_floor
             near[i] += abs(gap(measured) - gap(slow[i])) <= 0.3 and at_floor
-    assert lines[3][2] == "{} / {}".format(*close) and lines[7][2] == "{} / {}".format(*near) and near == [0, 2]
+    assert lines[3][2] == "{} / {} / {}".format(*close) and lines[7][2] == "{} / {} / {}".format(*near)
+    assert near == [0, 0, 2] and [row[:3] for row in of_fast[-2:]] == [["unequal", "unipc, optimal", "16"],
+                                                                       ["unequal", "ancestral, t", "128"]]
 
 
 @pytest.mark.parametrize("distance, gap, slow_gap, expected", [

@@ -3,8 +3,8 @@ import hashlib
 import io
 import os
 import pickle
+import runpy
 import struct
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -401,6 +401,6 @@ def test_the_script_shows_a_set(tmp_path, monkeypatch, capsys):
     assert "set, train: N = 2" in out and "mean 0.2000 -0.6000 1.0000, standard deviation 0.8356 0.0000 0.0000" in out
     with Image.open("images.png") as shown:
         assert shown.size == (2 * 5 + 2, 4 + 2)
-    result = subprocess.run([sys.executable, ROOT / "images.py", "none"], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.startswith("no folder of images at none") \
-        and result.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["images.py", "none"])
+    with pytest.raises(SystemExit, match="^no folder of images at none[^\n]*$"):
+        runpy.run_path(images.__file__, run_name="__main__")

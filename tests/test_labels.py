@@ -211,7 +211,7 @@ def test_guidance_of_a_run_without_labels(tmp_path):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["--guidance", "1"], "--guidance is towards a label: say which"),
+    (["--guidance", "1"], "--guidance is towards a label of a run trained with --labels: say which"),
     (["--label", "1", "2", "--csv", "a.csv"], "--csv is the table of one label"),
 ])
 def test_arguments_of_sampling(words, sentence, capsys):

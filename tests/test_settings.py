@@ -1,9 +1,7 @@
 """A setting is one row: command line, help, config, the check of a resumed run and stacks all follow from it."""
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
+import runpy
 
 import pytest
 
@@ -14,7 +12,6 @@ import settings
 import train
 import unet
 
-ROOT = Path(__file__).parent.parent
 FAST = ["--data", "clusters", "--epochs", "1", "--batch-size", "10000", "--width", "8", "--device", "cpu"]
 
 
@@ -203,10 +200,10 @@ def test_paths_are_checked_as_they_are_read(tmp_path):
             parse(text)
 
 
-def test_the_rows_can_be_printed(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "settings.py")], cwd=tmp_path, capture_output=True, text=True)
-    lines = result.stdout.splitlines()
-    assert result.returncode == 0 and [line.split()[0] for line in lines[1:]] == [row.name for row in settings.SETTINGS]
+def test_the_rows_can_be_printed(capsys):
+    runpy.run_path(settings.__file__, run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [row.name for row in settings.SETTINGS]
     of = {line.split()[0]: line.split()[1:] for line in lines}
     assert of["epochs"] == ["100", "500", "points"] and of["width"] == ["128", "points"]
     assert of["test_every"] == ["2000"]
