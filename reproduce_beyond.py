@@ -4,6 +4,7 @@ Functions of a `study.Study` return the lines of a table, functions of a Study a
 
 Not here: what they show; that is written in results/beyond/README.md for the committed runs.
 """
+import functools
 import itertools
 import statistics
 
@@ -23,6 +24,7 @@ import run
 import samplers
 import targets
 from datasets2d import DATASETS, FOUR
+from recipes import FAST_EPOCHS
 from study import DRAWS, ODE_STEPS, STEPS, TARGETS, Missing, cell, floor, gaps, rows
 
 FEW = [8, 16, 32]      # of them, where grids are compared
@@ -219,6 +221,8 @@ RESULTS = {
     "few":        (reproduce_few.few, "v in 4 to 16 function evaluations, every sampler beside the exact denoiser"),
     "eps-flows":  (reproduce_flows.eps_flows, "why flows of eps and s miss the floor in 32 evaluations, and what mends "
                                               "it"),
+    "eps-flows-fast": (functools.partial(reproduce_flows.eps_flows, fast=True, epochs=FAST_EPOCHS),
+                       "the same with networks of the fast recipe, which are nearer to the best possible"),
     "steps-covariance": (over_evaluations("covariance_distance"),
                          "covariance distance over function evaluations, every dataset, target and sampler, grid t"),
     "steps-wasserstein": (over_evaluations("sliced_wasserstein"),
@@ -227,5 +231,5 @@ RESULTS = {
     **reproduce_few_images.RESULTS,
     **reproduce_fast.RESULTS,
 }
-TABLES = ("likelihood", "schedules", "steps", "few", "eps-flows", *reproduce_few_images.TABLES,
+TABLES = ("likelihood", "schedules", "steps", "few", "eps-flows", "eps-flows-fast", *reproduce_few_images.TABLES,
           *reproduce_fast.TABLES)

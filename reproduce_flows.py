@@ -115,12 +115,12 @@ def measure(one, args, device):
 
 # The table
 
-def eps_flows(study):
-    """Errors, and what a flow keeps of them; every mend; the likelihoods."""
+def eps_flows(study, **recipe):
+    """Errors, and what a flow keeps of them; every mend; the likelihoods. recipe: of `Study.trained`."""
     args, seeds = study.args, range(study.args.seeds)
-    runs = study.trained("stabilised", ["mse"], FOUR, TARGETS)
+    runs = study.trained("stabilised", ["mse"], FOUR, TARGETS, **recipe)
     found = study.measured(runs, "flows", lambda one: measure(one, args, study.device), f"flows-{args.num_samples}")
-    as_v = study.trained("spaces", [*AS_V.values()], FOUR, ["v"])
+    as_v = study.trained("spaces", [*AS_V.values()], FOUR, ["v"], **recipe)
     of_v = {sampler: study.sampled(as_v, STEPS, sampler) for sampler in MENDS}
 
     def results(data, target, sampler, way):
@@ -174,9 +174,10 @@ def eps_flows(study):
     text += ["**Nats above the entropy**", ""] + rows(
         ["data", "target", *(f"{name}{up_to}" for name in ("bound", "exact", "exact, median")
                              for up_to in ("", f", t_max {EARLY}"))], lines)
-    return text + [f"Networks with `mse`, t in [1e-6, 1 - 1e-6], d = {STABILISER}, {args.epochs} epochs, {args.seeds} "
-                   f"seeds; as v: networks of v with `simple` for eps, `s_space` for s, t in [0.001, 0.999]. {STEPS} "
-                   f"evaluations on grid `t`, {args.num_samples:,} samples against 50,000 points; mean +- standard "
-                   "deviation over the seeds. At the floor: the mean of each of the three distances at most two "
-                   f"standard deviations above it. With the log-density of v: and its gap at most {WITHIN} nats from "
-                   f"that of v as it is. Likelihoods of {min(args.num_samples // 4, kind_points.POINTS):,} points."]
+    return text + [f"Networks with `mse`, t in [1e-6, 1 - 1e-6], d = {STABILISER}, {recipe.get('epochs', args.epochs)} "
+                   f"epochs{' of the fast recipe' * bool(recipe)}, {args.seeds} seeds; as v: networks of v with "
+                   f"`simple` for eps, `s_space` for s, t in [0.001, 0.999]. {STEPS} evaluations on grid `t`, "
+                   f"{args.num_samples:,} samples against 50,000 points; mean +- standard deviation over the seeds. At "
+                   "the floor: the mean of each of the three distances at most two standard deviations above it. With "
+                   f"the log-density of v: and its gap at most {WITHIN} nats from that of v as it is. "
+                   f"Likelihoods of {min(args.num_samples // 4, kind_points.POINTS):,} points."]

@@ -1500,6 +1500,12 @@ MUTANTS = [  # file, the code as it is (found exactly once), the mutant
     ("reproduce_few.py", '["mean"] + 2 * found', '["mean"] + 0 * found'),
     ("reproduce_few.py", "abs(statistics.mean(gaps(found)) - statistics.mean(gaps(slow)))",
                          "abs(statistics.mean(gaps(found)))"),
+    ("reproduce_flows.py", "FOUR, TARGETS, **recipe)", "FOUR, TARGETS)"),
+    ("reproduce_flows.py", 'FOUR, ["v"], **recipe)', 'FOUR, ["v"])'),
+    ("reproduce_beyond.py", "fast=True, epochs=FAST_EPOCHS", "fast=False, epochs=FAST_EPOCHS"),
+    ("reproduce_few.py", "epochs=FAST_EPOCHS, fast=True", "epochs=FAST_EPOCHS, fast=False"),
+    ("reproduce_few.py", "found = results[data, *way][1]", "found = results[data, *way][0]"),
+    ("reproduce_few.py", "in SHOWN or way == SLOW", "in SHOWN"),
     ("reproduce_few.py", "return is_at_floor(found) and abs", "return is_at_floor(found) or abs"),
     ("reproduce_few.py", 'generator(device, seed, "sample")).cpu()', 'generator(device, 0, "sample")).cpu()'),
     # Labels of points: the network, training, samples

@@ -240,3 +240,20 @@ def test_samples_that_are_not_finite_are_infinitely_far(monkeypatch):
     monkeypatch.setattr(kind_points, "draw", lambda *args, **how: torch.full((1, 4, 2), math.nan))
     found = reproduce_flows.measure(ONE["s"], SimpleNamespace(num_samples=4), "cpu")
     assert found == {"errors": reproduce_flows.AT} | {f"dpmpp {way}": [math.inf] * 4 for way in reproduce_flows.CAUSE}
+
+
+def test_the_table_of_the_fast_recipe_trains_its_networks(monkeypatch):
+    """Nothing else differs: what is trained is what is asked of a study."""
+    asked = []
+
+    def trained(recipe, *which, **how):
+        asked.append((recipe, *which, how))
+        if len(asked) == 2:
+            raise StopIteration
+    study = SimpleNamespace(args=SimpleNamespace(seeds=1, epochs=100, num_samples=2000), trained=trained,
+                            measured=lambda *arguments: {})
+    with pytest.raises(StopIteration):
+        reproduce.RESULTS["eps-flows-fast"][1](study)
+    fast = dict(fast=True, epochs=15)
+    assert asked == [("stabilised", ["mse"], reproduce_flows.FOUR, ["eps", "s", "v"], fast),
+                     ("spaces", ["simple", "s_space"], reproduce_flows.FOUR, ["v"], fast)]

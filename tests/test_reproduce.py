@@ -36,7 +36,7 @@ FIGURES = {"fig3.2": "over_time", "fig4.1": "scatter", "fig4.2": "point_grid", "
            "appendix1": "over_t", "appendix2": "over_t", "appendix3": "over_t", "appendix4": "point_grid",
            "appendix5": "point_grid", "appendix6": "point_grid", "steps-covariance": "over_evaluations",
            "steps-wasserstein": "over_evaluations", "nelbo": "loss_curves", "trajectories": "trajectories"}
-ELSEWHERE = "few", "eps-flows", "fast", "sweep"                            # test_few.py, test_flows.py, test_fast.py
+ELSEWHERE = "few", "eps-flows", "eps-flows-fast", "fast", "sweep"          # test_few.py, test_flows.py, test_fast.py
 
 
 @pytest.fixture(scope="module")
