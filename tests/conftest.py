@@ -4,8 +4,11 @@ import os
 import pytest
 
 import mlp
+import plots
+import run
 
 os.environ["DIFFUSION_LOSSES_CACHE"] = ""
+LOSS_CURVE = plots.loss_curve
 
 
 class Narrow(mlp.MLP):
@@ -21,12 +24,19 @@ def cells(lines):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def short_grids():
-    """Grids of images that training draws take 5 evaluations, not 100."""
+def quick_pictures():
+    """Grids of images that training draws take 5 evaluations, not 100; the curve of a run is no curve, see `drawn`."""
     import train_images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_images, "GRID_STEPS", 5)
+        patch.setattr(plots, "loss_curve", lambda history, config, path: run.write(path, b"not drawn"))
         yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Training draws the curve of a run after all."""
+    monkeypatch.setattr(plots, "loss_curve", LOSS_CURVE)
 
 
 @pytest.fixture
