@@ -8,6 +8,7 @@ MUON = ["--optimizer", "muon", "--precision", "bf16"]
 FAST, FAST_EPOCHS = [*MUON, "--stable-targets", "--t-density", "loss_aware"], 15
 # What `fast` was chosen from, each with the thesis's t and stabiliser: epochs, options
 SWEEP = {
+    "thesis":    (100, []),
     "adam":      (25, []),
     "adam-lr2":  (25, ["--lr", "2e-3"]),
     "adam-lr4":  (25, ["--lr", "4e-3"]),

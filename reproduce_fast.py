@@ -74,8 +74,7 @@ def fast(study):
 
 def sweep(study):
     """Distance from the optimum and time of the trainings `recipes.SWEEP`, over those of the thesis's recipe."""
-    data, seeds, lines = SWEPT["data"], range(study.args.seeds), []
-    found = {"thesis": (study.args.epochs, [], study.trained("side-by-side", **SWEPT, fast=False))}
+    data, seeds, lines, found = SWEPT["data"], range(study.args.seeds), [], {}
     for name, (epochs, options) in SWEEP.items():
         epochs = max(1, epochs * study.args.epochs // 100)
         found[name] = epochs, options, study.trained(f"sweep-{name}", **SWEPT, epochs=epochs, fast=False)

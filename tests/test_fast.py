@@ -18,7 +18,7 @@ from mlp import MLP
 from recipes import SWEEP
 
 SETS = ["clusters", "unequal"]
-SWEPT = ["adam-ema", "adam-bf16"]
+SWEPT = ["thesis", "adam-ema", "adam-bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_sweep_is_of_the_runs_beside_the_first_row(study):
     lines = cells(text.splitlines())
     titles = ["Adam", "Adam lr 2e-3 ema 0.999", "Adam lr 2e-3 precision bf16"]
     assert [line[:2] for line in lines[2:]] == [[title, epochs] for title, epochs in zip(titles, "211")]
-    recipes = ["side-by-side-2-epochs", "sweep-adam-ema-1-epochs", "sweep-adam-bf16-1-epochs"]
+    recipes = ["sweep-thesis-2-epochs", "sweep-adam-ema-1-epochs", "sweep-adam-bf16-1-epochs"]
     found = {(recipe, target, loss): histories(folder, recipe, "clusters", target, loss)
              for recipe in recipes for target in ("x", "eps") for loss in ("mse", "nelbo_stable")}
     far = {key: sum(h["test_loss"] - h["optimum"] for h in last) for key, last in found.items()}
