@@ -25,7 +25,7 @@ def cells(lines):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_pictures():
-    """Grids of images that training draws take 5 evaluations, not 100; the curve of a run is no curve, see `with_curve`."""
+    """Grids of images that training draws take 5 evaluations, not 100; no run has a real curve, see `with_curve`."""
     import train_images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_images, "GRID_STEPS", 5)
