@@ -8,7 +8,7 @@ import plots
 import run
 
 os.environ["DIFFUSION_LOSSES_CACHE"] = ""
-LOSS_CURVE = plots.loss_curve
+LOSS_CURVE, SCATTER = plots.loss_curve, plots.scatter
 
 
 class Narrow(mlp.MLP):
@@ -25,18 +25,19 @@ def cells(lines):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_pictures():
-    """Grids of images that training draws take 5 evaluations, not 100; no run has a real curve, see `with_curve`."""
+    """Grids of images that training draws take 5 evaluations, not 100; others are not drawn, see `with_pictures`."""
     import train_images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_images, "GRID_STEPS", 5)
         patch.setattr(plots, "loss_curve", lambda history, config, path: run.write(path, b"not drawn"))
+        patch.setattr(plots, "scatter", lambda panels, path, *rest, **options: run.write(path, b"not drawn"))
         yield
 
 
 @pytest.fixture
-def with_curve(monkeypatch):
-    """Training draws the curve of a run after all."""
-    monkeypatch.setattr(plots, "loss_curve", LOSS_CURVE)
+def with_pictures(monkeypatch):
+    """The curve of a run and samples of points are drawn after all."""
+    monkeypatch.setattr(plots, "loss_curve", LOSS_CURVE), monkeypatch.setattr(plots, "scatter", SCATTER)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_panels_of_points_share_their_axes_and_stand_in_their_place(saved):
     assert colours[5] == plots.matplotlib.colors.to_rgb(plots.COLOURS["v"])
 
 
-def test_the_loss_curve_of_a_run(saved, with_curve):
+def test_the_loss_curve_of_a_run(saved, with_pictures):
     history = [dict(epoch=1, train_loss=3.0, test_loss=2.0, optimum=0.5),
                dict(epoch=2, train_loss=1.5, test_loss=1.0, optimum=0.5)]
     plots.loss_curve(history, dict(data="rings", target="v", loss="mse", seed=0), "path")
@@ -73,7 +73,7 @@ def test_the_loss_curve_of_a_run(saved, with_curve):
         [3.0, 1.5], [2.0, 1.0], [0.5, 0.5])
 
 
-def test_a_scatter_shows_at_most_so_many_points(saved):
+def test_a_scatter_shows_at_most_so_many_points(saved, with_pictures):
     plots.scatter({"a": torch.zeros(30, 2), "b": torch.zeros(5, 2)}, "path", points=20)
     assert [len(ax.collections[0].get_offsets()) for ax in saved[0].axes] == [20, 5]
 

@@ -37,7 +37,7 @@ def draw(ckpt, *extra):
     sample.main(["--ckpt", str(ckpt), "--device", "cpu", *extra])
 
 
-def test_samples_and_distances(trained, tmp_path, capsys):
+def test_samples_and_distances(trained, tmp_path, capsys, with_pictures):
     draw(trained, "--steps", "50", "--num-samples", "5000", "--out", str(tmp_path))
     samples = np.load(tmp_path / "samples.npy")
     assert samples.shape == (5000, 2) and samples.dtype == np.float32

@@ -45,7 +45,7 @@ def assert_same(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_writes_its_folder_and_learns(tmp_path, capsys, with_curve):
+def test_a_run_writes_its_folder_and_learns(tmp_path, capsys, with_pictures):
     fit(tmp_path, "--epochs", "4", "--seed", "3")
     folder = tmp_path / "clusters-eps-mse-s3"
     assert sorted(p.name for p in folder.iterdir()) == ["ckpt.pt", "config.json", "loss.png", "metrics.jsonl"]
