@@ -25,7 +25,7 @@ def cells(lines):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_pictures():
-    """Grids of images that training draws take 5 evaluations, not 100; others are not drawn, see `with_pictures`."""
+    """Training draws its grids in 5 evaluations, not 100; curves and points are not drawn, see `with_pictures`."""
     import train_images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_images, "GRID_STEPS", 5)

@@ -9,7 +9,6 @@ from test_reproduce import expected_cell
 from test_slides import CACHES
 
 import kind_points
-import plots
 import reproduce
 import reproduce_fast
 import run
@@ -29,7 +28,6 @@ def study(tmp_path_factory):
     clear()
     patch.setattr(kind_points, "POINTS", 5000)
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
-    patch.setattr(plots, "loss_curve", lambda *arguments: None)
     patch.setattr(reproduce_fast, "FOUR", SETS)
     patch.setattr(reproduce_fast, "SWEPT", dict(data=["clusters"], target=["x", "eps"]))
     patch.setattr(reproduce_fast, "SWEEP", {name: SWEEP[name] for name in SWEPT})

@@ -5,7 +5,6 @@ from test_reproduce import expected_cell, metrics_of
 from test_slides import CACHES
 
 import kind_points
-import plots
 import reproduce
 import reproduce_few
 import run
@@ -35,7 +34,6 @@ def study(tmp_path_factory):
         cache.cache_clear()
     patch.setattr(kind_points, "POINTS", 5000)
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
-    patch.setattr(plots, "loss_curve", lambda *arguments: None)
     patch.setattr(reproduce_few, "FOUR", SETS)
     patch.setattr(reproduce_few, "SAMPLERS", ["unipc"])
     patch.setattr(reproduce_few, "NUMBERS", [16])

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 import invariance
 import kind_points
-import plots
 import reproduce
 import reproduce_few
 import reproduce_flows
@@ -141,7 +140,6 @@ def study(tmp_path_factory):
         cache.cache_clear()
     patch.setattr(kind_points, "POINTS", 5000)
     patch.setattr(kind_points, "build_model", lambda config, members=1: MLP(width=8, members=members))
-    patch.setattr(plots, "loss_curve", lambda *arguments: None)
     for name, value in dict(FOUR=["clusters"], STEPS=6, T_MAX=[0.8], MENDS={"ddim": ["as it is", "t_max 0.8"],
                                                                         "dpmpp": ["as it is", "clip"]}).items():
         patch.setattr(reproduce_flows, name, value)

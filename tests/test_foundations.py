@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     clear()
     build = lambda config, members=1: MLP(width=8, members=members, out=2 * kind_points.variances.outputs(config))
     for owner, name, value in [
-            (kind_points, "POINTS", 2500), (kind_points, "build_model", build), (plots, "loss_curve", lambda *a: None),
+            (kind_points, "POINTS", 2500), (kind_points, "build_model", build),
             (plots, "DPI", 30), (study_file, "ODE_STEPS", 2), (study_file, "DRAWS", 4),
             (reproduce_variances, "DRAWS", 2000), (reproduce_foundations, "DRAWS", 2000),
             (reproduce_variances, "CHAINS", [3, 5]),

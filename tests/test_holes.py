@@ -135,7 +135,7 @@ def made(tmp_path_factory):
     clear()
 
     for owner, name, value in [
-            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
+            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow),
             (plots, "DPI", 30), (reproduce_latent, "POINTS", 3000), (reproduce_latent, "MIXED", 300),
             (reproduce_latent, "STEPS", 20), (reproduce_latent, "SAMPLER", dict(steps=4, sampler="ddim")),
             (reproduce_latent, "FOUR", ["rings"]), (reproduce_latent, "TARGETS", ["v"]),

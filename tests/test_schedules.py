@@ -58,7 +58,7 @@ def made(tmp_path_factory):
 
     original = plots_weightings.panels
     for owner, name, value in [
-            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
+            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow),
             (plots, "DPI", 30), (reproduce_schedules, "FOUR", ["clusters"]), (reproduce_schedules, "DRAWS", 2000),
             (reproduce_schedules, "EPOCHS", 2), (reproduce_schedules, "NEAR", 2.5),
             (plots_weightings, "panels", lambda panels, path: (drawn.append(panels), original(panels, path)))]:

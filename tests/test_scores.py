@@ -17,7 +17,6 @@ import langevin
 import likelihood
 import losses
 import optimum
-import plots
 import run
 import sample
 import samplers
@@ -40,8 +39,6 @@ def few():
     """2,500 points to train and to test on in place of 50,000, and no figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind_points, "POINTS", 2500)
-        patch.setattr(plots, "scatter", lambda *arguments, **options: None)
-        patch.setattr(plots, "loss_curve", lambda *arguments: None)
         for function in CACHED:
             function.cache_clear()
         yield

@@ -203,7 +203,7 @@ def made(tmp_path_factory):
     clear()
 
     for owner, name, value in [
-            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
+            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow),
             (plots, "DPI", 30), (reproduce_energies, "ODE_STEPS", 2), (reproduce_energies, "FLOW_POINTS", 20),
             (reproduce_slides, "POINTS", 10_000), (reproduce_slides, "DIMENSIONS", (2, 8)),
             (reproduce_scores, "FOUR", ("clusters",)), (reproduce_scores, "TESTED", 500),

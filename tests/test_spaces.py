@@ -182,7 +182,7 @@ def made(tmp_path_factory):
     three = {name: reproduce_spaces.SPACES[name] for name in ("x", "eps", "v")}
     two = {name: three[name] for name in ("x", "v")}
     for owner, name, value in [
-            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow), (plots, "loss_curve", lambda *a: None),
+            (kind_points, "POINTS", 2500), (kind_points, "MLP", Narrow),
             (plots, "DPI", 30), (reproduce_spaces, "FOUR", SETS), (reproduce_weightings, "FOUR", SETS),
             (reproduce_spaces, "SPACES", three), (reproduce_spaces, "TARGETS", [*three]),
             (reproduce_spaces, "SAMPLER", (4, "dpmpp", "logsnr")), (reproduce_embedded, "TESTED", 2000),
